@@ -1,4 +1,4 @@
-"""The two messages between the scheduler and the runner: a step's plan, and its result.
+"""The messages of the engine loop: a step's plan, its result, and what the result means for each request.
 
 Neither holds a tensor. A plan names requests by *row*: the runner keeps the token ids, block table and sampling
 state of row ``r`` between steps, so a plan carries only what has changed.
@@ -77,3 +77,16 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     # index into plan.rows -> logprobs of prompt tokens num_computed+1 .. ; only requests that asked
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """What a step's result means for one request, after the stop rules: the scheduler's word to the detokeniser."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error" | "repetition"
+    stop_reason: int | str | None = None  # the stop id that ended it; None for EOS
+    logprobs: list[TokenLogprobs] | None = None  # aligned with new_token_ids
+    prompt_logprobs: list[TokenLogprobs] | None = None  # the next prompt positions, in order (first of all: position 1)
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
