@@ -1,0 +1,441 @@
+"""Configuration: what a user may set (`EngineArgs`), and what the engine runs on (`EngineConfig`, frozen).
+
+Everything is validated once, here. No torch: the command line builds its flags from `EngineArgs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ModelError, ParameterError
+from nanovllm.hub import DEMO_MODEL, resolve_model_path
+
+logger = logging.getLogger("nanovllm")
+
+# Names of vLLM's past that scripts still pass: taken with a warning that says what became of them.
+RETIRED = {
+    "swap_space": "preempted requests are recomputed, nothing is swapped",
+    "task": "the task follows from the method you call",
+    "runner": "the runner follows from the model",
+    "max_seq_len_to_capture": "graphs are chosen by batch size",
+    "use_v2_block_manager": "there is one block manager",
+    "num_scheduler_steps": "a step is one forward pass; planning overlaps with it",
+    "num_lookahead_slots": "slots grow on demand",
+    "preemption_mode": "preemption is always by recompute",
+    "disable_async_output_proc": "there is nothing to switch off",
+    "disable_custom_all_reduce": "collectives are torch.distributed's",
+    "disable_log_requests": "requests are not logged",
+    "guided_decoding_backend": "structured output has one backend",
+    "worker_use_ray": "use distributed_executor_backend",
+    "max_context_len_to_capture": "graphs are chosen by batch size",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A checkpoint and how it is read."""
+
+    model: str  # as the user typed it
+    path: Path
+    hf_config: dict[str, Any]  # config.json after overrides; the text part of a multimodal one
+    architecture: str
+    dtype: str  # "bfloat16" | "float16" | "float32"
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int
+    load_format: str
+    seed: int
+    tokenizer: Path | None
+    tokenizer_mode: str
+    skip_tokenizer_init: bool
+    trust_remote_code: bool
+    chat_template: str | None
+    eos_token_ids: tuple[int, ...]
+    generation_defaults: dict[str, Any]
+    max_logprobs: int
+    logprobs_mode: str
+    max_model_len_given: bool = True  # False: taken from the checkpoint, so shortening it needs one notice only
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int
+    num_blocks: int | None  # None: sized from memory
+    memory_bytes: int | None
+    memory_utilization: float
+    enable_prefix_caching: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits and policy of a step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+    policy: str  # "fcfs" | "priority"
+    long_prefill_token_threshold: int  # most prompt tokens of one request in a step; 0: no limit
+    max_steps_in_flight: int  # 1: plan, run, plan ...; 2: plan the next step while one runs
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All an engine needs to know."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    device: str
+    attention_backend: str | None
+    seed: int
+    enforce_eager: bool
+    tensor_parallel_size: int
+
+
+@dataclass
+class EngineArgs:
+    """What a user may set; names and meaning are vLLM's.
+
+    ``EngineArgs.from_kwargs(**kwargs).build()`` gives the `EngineConfig`.
+    """
+
+    model: str = DEMO_MODEL
+    tokenizer: str | None = None
+    tokenizer_mode: str = "auto"
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int | None = 0
+    max_model_len: int | str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    hf_token: str | bool | None = None
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    download_dir: str | None = None
+    use_modelscope: bool | None = None
+    load_format: str = "auto"
+    quantization: str | None = None
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] = field(default_factory=dict)
+    max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
+    enforce_eager: bool = False
+    attention_backend: str | None = None
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    kv_cache_dtype: str = "auto"
+    enable_prefix_caching: bool | None = None
+    prefix_caching_hash_algo: str = "sha256"
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    enable_chunked_prefill: bool | None = None
+    scheduling_policy: str = "fcfs"
+    long_prefill_token_threshold: int = 0
+    async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    disable_log_stats: bool = True
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
+        """Build from keyword arguments; retired vLLM names warn, unknown ones raise.
+
+        Raises:
+            TypeError: an unknown name; the message offers the nearest known one.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in [n for n in kwargs if n not in known]:
+            if name not in RETIRED:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"unknown engine argument {name!r}{hint}")
+            logger.warning("%s is retired and has no effect: %s.", name, RETIRED[name])
+            del kwargs[name]
+        return cls(**kwargs)
+
+    def build(self) -> EngineConfig:
+        """Validate everything and resolve defaults.
+
+        Raises:
+            ParameterError: a value out of range, or not supported by this version.
+            ModelError: the model folder is unusable.
+        """
+        self._check()
+        from nanovllm.platforms import get_platform
+
+        platform = get_platform(self.device)
+        path = resolve_model_path(
+            self.model,
+            revision=self.revision,
+            download_dir=self.download_dir,
+            hf_token=self.hf_token,
+            use_modelscope=self.use_modelscope,
+            weights=self.load_format != "dummy",
+        )
+        hf_config, architecture = read_hf_config(path, self.hf_overrides)
+        scheduler_len, given = self._max_model_len(hf_config)
+        model = ModelConfig(
+            model=str(self.model),
+            path=path,
+            hf_config=hf_config,
+            architecture=architecture,
+            dtype=platform.resolve_dtype(_dtype_name(self.dtype), checkpoint_dtype(hf_config)),
+            max_model_len=scheduler_len,
+            max_model_len_given=given,
+            vocab_size=_positive(hf_config, "vocab_size", path),
+            load_format="safetensors" if self.load_format == "auto" else self.load_format,
+            seed=self.seed or 0,
+            tokenizer=self._tokenizer_path(path),
+            tokenizer_mode=self.tokenizer_mode,
+            skip_tokenizer_init=self.skip_tokenizer_init,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
+            **self._generation(path, hf_config),
+            max_logprobs=self.max_logprobs,
+            logprobs_mode=self.logprobs_mode,
+        )
+        return EngineConfig(
+            model=model,
+            cache=CacheConfig(
+                block_size=self.block_size or 16,
+                num_blocks=self.num_gpu_blocks_override,
+                memory_bytes=self._cache_bytes(),
+                memory_utilization=self.gpu_memory_utilization,
+                enable_prefix_caching=self.enable_prefix_caching is not False,
+                dtype=self.kv_cache_dtype,
+            ),
+            scheduler=self._scheduler(scheduler_len, platform.overlap),
+            device=platform.device,
+            attention_backend=self.attention_backend,
+            seed=self.seed or 0,
+            enforce_eager=self.enforce_eager,
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
+
+    def _check(self) -> None:
+        _one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "hf", "slow"))
+        _one_of("load_format", self.load_format, ("auto", "safetensors", "dummy"))
+        _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        _one_of("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256",))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
+        _one_of("quantization", self.quantization, (None,))
+        _one_of("distributed_executor_backend", self.distributed_executor_backend, (None, "uni"))
+        modes = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+        _one_of("logprobs_mode", self.logprobs_mode, modes)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ParameterError("this version runs on one device; use 1", name, getattr(self, name))
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ParameterError(f"{name} must be a positive integer", name, value)
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
+            raise ParameterError("at least 2 blocks are needed: one is reserved for padding", "num_gpu_blocks_override",
+                                 self.num_gpu_blocks_override)  # fmt: skip
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ParameterError("gpu_memory_utilization must be in (0, 1]", "gpu_memory_utilization",
+                                 self.gpu_memory_utilization)  # fmt: skip
+        if self.max_logprobs < -1:
+            raise ParameterError(
+                "max_logprobs must be >= 0, or -1 for the vocabulary", "max_logprobs", self.max_logprobs
+            )
+        if self.long_prefill_token_threshold < 0:
+            raise ParameterError("must be >= 0", "long_prefill_token_threshold", self.long_prefill_token_threshold)
+
+    def _tokenizer_path(self, model_path: Path) -> Path | None:
+        if self.skip_tokenizer_init:
+            return None
+        if self.tokenizer is None:
+            return model_path
+        return resolve_model_path(
+            self.tokenizer,
+            revision=self.tokenizer_revision,
+            download_dir=self.download_dir,
+            hf_token=self.hf_token,
+            use_modelscope=self.use_modelscope,
+            weights=False,
+        )
+
+    def _max_model_len(self, hf_config: dict[str, Any]) -> tuple[int, bool]:
+        """The context in tokens, and whether the user asked for it."""
+        derived = derived_context(hf_config)
+        asked = self.max_model_len
+        if asked in (None, "auto", -1):
+            return derived, False
+        if not isinstance(asked, int) or asked < 1:
+            raise ParameterError("max_model_len must be a positive integer, 'auto' or -1", "max_model_len", asked)
+        if asked > derived and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
+            raise ParameterError(
+                f"the model's context is {derived} tokens (config.json); longer ones give nonsense unless its RoPE is "
+                "scaled by hf_overrides. VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 overrides this check",
+                "max_model_len",
+                asked,
+            )
+        return asked, True
+
+    def _generation(self, path: Path, hf_config: dict[str, Any]) -> dict[str, Any]:
+        """EOS ids, and the sampling defaults a checkpoint brings along (generation_config.json)."""
+        folder = path if self.generation_config in ("auto", "vllm") else Path(self.generation_config)
+        file = folder / "generation_config.json"
+        if self.generation_config not in ("auto", "vllm") and not file.is_file():
+            raise ParameterError(
+                "no generation_config.json in that folder", "generation_config", self.generation_config
+            )
+        values: dict[str, Any] = _read_json(file) if file.is_file() else {}
+        eos: list[int] = []
+        for source in (values, hf_config):
+            ids = source.get("eos_token_id")
+            for token in ids if isinstance(ids, list) else [ids]:
+                if token is not None and token not in eos:
+                    eos.append(token)
+        if self.generation_config == "vllm":
+            values = {}
+        values = {**values, **self.override_generation_config}
+        if "max_new_tokens" in values:
+            values["max_tokens"] = values.pop("max_new_tokens")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty", "max_tokens")  # fmt: skip
+        defaults = {n: values[n] for n in names if values.get(n) is not None}
+        if "do_sample" in values and not values["do_sample"]:
+            defaults = {
+                "temperature": 0.0,
+                **{k: v for k, v in defaults.items() if k not in ("top_p", "top_k", "min_p")},
+            }
+            defaults["temperature"] = 0.0
+        return {"eos_token_ids": tuple(eos), "generation_defaults": defaults}
+
+    def _cache_bytes(self) -> int | None:
+        if self.kv_cache_memory_bytes is not None:
+            return self.kv_cache_memory_bytes
+        legacy = os.environ.get("VLLM_CPU_KVCACHE_SPACE")  # GiB
+        if not legacy:
+            return None
+        try:
+            return int(float(legacy) * 2**30)
+        except ValueError:
+            raise ParameterError("must be a number of GiB", "VLLM_CPU_KVCACHE_SPACE", legacy) from None
+
+    def _scheduler(self, max_model_len: int, overlap: bool) -> SchedulerConfig:
+        chunked = self.enable_chunked_prefill is not False
+        seqs = self.max_num_seqs or min(256, self.max_num_batched_tokens or 256)
+        tokens = self.max_num_batched_tokens or max(4096 if chunked else max_model_len, seqs)
+        if tokens < seqs:
+            raise ParameterError(
+                f"must be at least max_num_seqs={seqs}: every running request decodes one token per step",
+                "max_num_batched_tokens",
+                tokens,
+            )
+        if not chunked and tokens < max_model_len:
+            raise ParameterError(
+                f"without chunked prefill a prompt of max_model_len={max_model_len} tokens must fit into one step; "
+                "raise it, lower max_model_len, or leave enable_chunked_prefill on",
+                "max_num_batched_tokens",
+                tokens,
+            )
+        return SchedulerConfig(
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
+            enable_chunked_prefill=chunked,
+            policy=self.scheduling_policy,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            max_steps_in_flight=2 if (overlap if self.async_scheduling is None else self.async_scheduling) else 1,
+        )
+
+
+AsyncEngineArgs = EngineArgs
+
+
+def read_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+    """Read ``config.json``: the (text) configuration and the architecture's name.
+
+    Raises:
+        ModelError: no config.json, not JSON, or no architecture in it.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{path} has no config.json: not a model folder in the Hugging Face format")
+    config = {**_read_json(file), **(overrides or {})}
+    architectures = config.get("architectures") or []
+    if not architectures:
+        raise ModelError(f"{file} names no 'architectures'; add it with hf_overrides={{'architectures': [...]}}")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"{path}: quantised checkpoints ({method}) are not supported by this version; use the bf16 one"
+        )
+    text = config.get("text_config")
+    return ({**config, **text} if isinstance(text, dict) else config), architectures[0]
+
+
+def checkpoint_dtype(hf_config: dict[str, Any]) -> str | None:
+    """The dtype a checkpoint was saved in, by its config of either generation; None if it does not say."""
+    name = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return _dtype_name(name) if name else None
+
+
+def derived_context(hf_config: dict[str, Any]) -> int:
+    """The longest context a checkpoint is made for, in tokens, RoPE scaling included."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if hf_config.get(key):
+            length = int(hf_config[key])
+            break
+    else:
+        return 2048
+    scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("linear", "dynamic", "yarn") and scaling.get("factor"):
+        original = scaling.get("original_max_position_embeddings")
+        return int((original or length) * float(scaling["factor"]))
+    return length
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _positive(hf_config: dict[str, Any], key: str, path: Path) -> int:
+    value = hf_config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{path / 'config.json'}: {key} must be a positive integer, not {value!r}")
+    return value
+
+
+def _dtype_name(dtype: Any) -> str:
+    """vLLM's dtype spellings, and torch dtypes, as one name.
+
+    Raises:
+        ParameterError: an unknown dtype.
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}.get(
+        name, name
+    )
+    _one_of("dtype", name, ("auto", "bfloat16", "float16", "float32"))
+    return name
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ParameterError(f"{name} must be one of {choices} in this version", name, value)
