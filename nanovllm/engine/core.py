@@ -1,0 +1,110 @@
+"""The engine's loop: plan, submit, wait for the oldest step, update. Tokens in, tokens out; no text, no tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.invariants import InvariantChecker
+from nanovllm.engine.plan import EngineOutput, StepPlan, StepResult
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Scheduler
+
+
+class Handle(Protocol):
+    """A submitted step."""
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises what the step raised."""
+
+
+class Executor(Protocol):
+    """Where the model runs: in this process, in others, on other hosts. Steps run in the order of submission."""
+
+    num_blocks: int
+
+    def submit(self, plan: StepPlan) -> Handle: ...
+
+    def shutdown(self) -> None: ...
+
+
+class EngineCore:
+    """Scheduler and executor in step.
+
+    Up to ``max_steps_in_flight`` plans are under way, so that the next step is planned while one runs.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.executor = executor
+        self.scheduler = Scheduler(
+            config.scheduler, executor.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
+        )
+        self.max_steps_in_flight = config.scheduler.max_steps_in_flight
+        self.checker: InvariantChecker | None = None  # set by tests
+        self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
+        self._undelivered: list[EngineOutput] = []
+
+    def add(self, request: Request, priority: int = 0, forks: Sequence[Request] = ()) -> None:
+        """Queue a request; see `Scheduler.add`."""
+        self.scheduler.add(request, priority, forks)
+
+    def finish(self, request_ids: Iterable[str], reason: str) -> None:
+        """End requests early. A step under way is not interrupted; what it yields for them is dropped."""
+        self.scheduler.finish(request_ids, reason)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight) or bool(self._undelivered)
+
+    def step(self) -> list[EngineOutput]:
+        """Complete one step.
+
+        Raises:
+            Exception: what the executor raised. The requests of that step have ended; the next call reports them with
+                finish_reason "error". All others go on.
+        """
+        outputs, self._undelivered = self._undelivered, []
+        if outputs:
+            return outputs
+        while len(self._in_flight) < self.max_steps_in_flight:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                break
+            if self.checker is not None:
+                self.checker.planned(plan)
+            self._in_flight.append((plan, self.executor.submit(plan)))
+        if not self._in_flight:
+            return []
+        plan, handle = self._in_flight[0]
+        try:
+            result = handle.result()
+        except Exception as error:
+            self._undelivered = self._abandon(f"{type(error).__name__}: {error}")
+            raise
+        self._in_flight.popleft()
+        outputs = self.scheduler.update(plan, result)
+        if self.checker is not None:
+            self.checker.updated()
+        return outputs
+
+    def _abandon(self, message: str) -> list[EngineOutput]:
+        """The oldest step failed: wait for those behind it, which may build on its results, and drop them all."""
+        plans = []
+        for number, (plan, handle) in enumerate(self._in_flight):
+            if number > 0:
+                with suppress(Exception):  # void either way
+                    handle.result()
+            plans.append(plan)
+        self._in_flight.clear()
+        return self.scheduler.fail(plans, message)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; False while any request holds blocks."""
+        return self.scheduler.kv.pool.reset_cache()
+
+    def shutdown(self) -> None:
+        """Stop the executor. Idempotent."""
+        self.executor.shutdown()

@@ -1,0 +1,402 @@
+"""The scheduler: a token budget, shared out each step among running and waiting requests.
+
+    schedule:  waiting --admit--> running --> StepPlan          (may run ahead of results)
+    update:    StepResult --> tokens, stop rules, block hashes, frees --> EngineOutputs
+
+``running`` is sorted by key (priority, arrival), so every rank sees the same batch and the victim of a preemption is
+always the last. A step serves decodes first, so no prompt, however long, makes a running request wait; then chunks of
+prompts under way; then new prompts. Plans may be made before earlier ones have reported: a request counts its pending
+tokens, and gives back its blocks only when no plan under way names it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+
+from nanovllm.config import SchedulerConfig
+from nanovllm.engine.block_pool import BlockPool
+from nanovllm.engine.kv_cache import KVCacheManager
+from nanovllm.engine.plan import EngineOutput, RowStart, StepPlan, StepResult
+from nanovllm.engine.repetition import ends_in_repetition
+from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.errors import ParameterError
+
+_key = attrgetter("key")
+
+
+class Scheduler:
+    """Decides what each step computes.
+
+    Args:
+        config: limits of a step, policy.
+        num_blocks: blocks of the KV cache, the padding block included.
+        block_size: tokens in a block.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+    ) -> None:
+        self.config = config
+        self.kv = KVCacheManager(BlockPool(num_blocks), block_size, enable_prefix_caching)
+        self.running: list[Request] = []  # sorted by key
+        self.waiting: list[tuple[tuple[int, int, int], Request]] = []  # heap; finished entries are skipped when met
+        self.requests: dict[str, Request] = {}  # not finished
+        self.leaving: dict[str, Request] = {}  # finished, but a plan under way still names them
+        self.held: dict[str, Request] = {}  # finished, blocks kept for forks, oldest first
+        self.num_waiting = 0
+        self.num_preemptions = 0
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._pressed = False  # in this step, blocks ran short for a running request
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, request: Request, priority: int = 0, forks: Sequence[Request] = ()) -> None:
+        """Queue a request. ``forks`` (``n > 1``) follow it, and share the blocks of its prompt once that is computed.
+
+        Raises:
+            ParameterError: the id is in use, or the request could not finish even with the cache to itself.
+        """
+        family = [request, *forks]
+        for member in family:
+            if member.request_id in self.requests or member.request_id in self.leaving:
+                raise ParameterError("a request of this id is under way", "request_id", member.request_id)
+            needed = self.kv.blocks_for(member.max_total - 1)
+            if needed > self.kv.pool.num_usable:
+                raise ParameterError(
+                    f"prompt and output of up to {member.max_total} tokens need {needed} blocks of the KV cache, which "
+                    f"has {self.kv.pool.num_usable}; shorten them or give the cache more memory",
+                    "max_tokens",
+                    member.params.max_tokens,
+                )
+        rank = priority if self.config.policy == "priority" else 0
+        for index, member in enumerate(family):
+            if index > 0:
+                member.fork_of = request
+            if member.fork_of is not None:
+                member.fork_of.num_forks_waiting += 1
+            member.key = (rank, self._num_arrived, index)
+            self.requests[member.request_id] = member
+            self._enqueue(member)
+        self._num_arrived += 1
+
+    def finish(self, request_ids: Iterable[str], reason: str) -> None:
+        """End requests in whatever state they are: abort, stop string. Unknown and ended ones are passed over."""
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is not None:
+                self._finish(request, reason)
+        self._drop_finished()
+
+    def release(self, request_id: str) -> None:
+        """A held request gets no further forks: free its blocks once the forks that wait have taken their share."""
+        for group in (self.requests, self.leaving, self.held):
+            request = group.get(request_id)
+            if request is not None:
+                request.held = False
+                self._free_if_forsaken(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests or self.leaving)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step, or None if nothing can run before a plan under way has reported."""
+        plan = StepPlan(self._num_steps)
+        self._pressed = False
+        budget, chunks = self._plan_decodes(plan, self.config.max_num_batched_tokens)
+        budget = self._plan_chunks(plan, budget, chunks)
+        if not self._pressed:  # whoever runs goes before newcomers in getting blocks
+            self._plan_waiting(plan, budget)
+        if not plan.requests:
+            return None
+        self._num_steps += 1
+        return self._seal(plan)
+
+    def _plan_decodes(self, plan: StepPlan, budget: int) -> tuple[int, list[Request]]:
+        """Pass 1: running requests that lack one token. Also returns those that lack more.
+
+        The budget suffices for all: max_num_batched_tokens >= max_num_seqs.
+        """
+        requests, chunks = plan.requests, []
+        running, block_size, index = self.running, self.kv.block_size, 0
+        while index < len(running):  # preemption shortens the list from its end
+            request = running[index]
+            index += 1
+            missing = len(request.token_ids) + request.num_pending - request.num_computed
+            if missing != 1:
+                if missing > 1:
+                    chunks.append(request)
+                continue
+            if request.num_pending and request.num_tokens >= request.max_total:
+                continue  # the token under way is its last
+            full = request.num_computed == len(request.blocks) * block_size
+            if full and not self._make_room(request, 1, plan):
+                continue
+            requests.append(request)
+        plan.num_new = [1] * len(requests)
+        return budget - len(requests), chunks
+
+    def _plan_chunks(self, plan: StepPlan, budget: int, chunks: list[Request]) -> int:
+        """Pass 2: the next part of prompts under way."""
+        for request in chunks:
+            if request.status != RequestStatus.RUNNING:  # preempted for an earlier one
+                continue
+            count = min(request.num_tokens - request.num_computed, self._chunk_limit(budget))
+            if count <= 0:
+                break
+            planned = len(plan.requests)
+            if self._make_room(request, count, plan):
+                plan.requests.append(request)
+                plan.num_new.append(count)
+                budget += planned + 1 - len(plan.requests) - count  # less the decodes preempted for it
+        return budget
+
+    def _plan_waiting(self, plan: StepPlan, budget: int) -> None:
+        """Pass 3: admit waiting requests in order, while budget, rows and blocks last."""
+        whole = not self.config.enable_chunked_prefill
+        while budget > 0 and self._free_rows:
+            request = self._peek_waiting()
+            if request is None or request.num_in_flight or self._parent_is_busy(request):
+                return
+            request.row = self._free_rows[-1]
+            count = self.kv.admit(request, plan, self._chunk_limit(budget), whole)
+            if count == 0:
+                request.row = -1
+                if plan.requests or self.running or not self._reclaim_held():
+                    return
+                continue
+            self._free_rows.pop()
+            heapq.heappop(self.waiting)
+            self.num_waiting -= 1
+            self._leave_parent(request)
+            request.status = RequestStatus.RUNNING
+            insort(self.running, request, key=_key)
+            plan.requests.append(request)
+            plan.num_new.append(count)
+            plan.starts.append(
+                RowStart(
+                    row=request.row,
+                    token_ids=list(request.token_ids),
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    params=request.params,
+                    seed=request.seed,
+                    stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
+                    bad_words_ids=request.bad_words_ids,
+                )
+            )
+            budget -= count
+
+    def _seal(self, plan: StepPlan) -> StepPlan:
+        """Fill in what follows from the choice of requests, and advance them."""
+        requests, num_new = plan.requests, plan.num_new
+        plan.num_tokens = sum(num_new)
+        if plan.num_tokens != len(num_new):  # one-token rows first
+            order = sorted(range(len(num_new)), key=lambda i: num_new[i] != 1)
+            requests[:] = [requests[i] for i in order]
+            num_new[:] = [num_new[i] for i in order]
+        plan.rows = [r.row for r in requests]
+        plan.num_computed = [r.num_computed for r in requests]
+        sampled = plan.sampled
+        for index, (request, count) in enumerate(zip(requests, num_new, strict=True)):
+            request.num_computed += count
+            request.num_in_flight += 1
+            if request.num_computed == len(request.token_ids) + request.num_pending:
+                request.num_pending += 1
+                sampled.append(index)
+        return plan
+
+    def _chunk_limit(self, budget: int) -> int:
+        threshold = self.config.long_prefill_token_threshold
+        return min(budget, threshold) if threshold and self.config.enable_chunked_prefill else budget
+
+    @staticmethod
+    def _parent_is_busy(request: Request) -> bool:
+        """A fork waits until the tokens it shares are computed; if its parent is gone, it computes them itself."""
+        parent = request.fork_of
+        return (
+            parent is not None
+            and parent.status == RequestStatus.RUNNING
+            and parent.num_computed < request.num_tokens - 1
+        )
+
+    def _make_room(self, request: Request, count: int, plan: StepPlan) -> bool:
+        """Find blocks for ``count`` more tokens; preempt from the end of ``running`` if it must be.
+
+        False if the request itself was preempted, or has to wait for blocks of requests that are about to leave.
+        """
+        while not self.kv.grow(request, count, plan):
+            self._pressed = True
+            if self._reclaim_held():
+                continue
+            if self.leaving:
+                return False
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, victim: Request, plan: StepPlan) -> None:
+        """Take a request's blocks; it will be recomputed, output included, when there is room again."""
+        if victim in plan.requests:
+            index = plan.requests.index(victim)
+            del plan.requests[index], plan.num_new[index]
+            plan.block_updates = [u for u in plan.block_updates if u[0] != victim.row]
+            plan.copies = [c for c in plan.copies if c[1] not in victim.blocks]
+        self.running.pop()
+        self.kv.free(victim)
+        self._free_rows.append(victim.row)
+        victim.row = -1
+        victim.num_computed = victim.num_registered = 0
+        victim.num_stale = victim.num_in_flight
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(victim)
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
+        """Apply a step's result: append tokens, stop what is done, make full blocks findable, free what has left."""
+        outputs: list[EngineOutput] = []
+        block_size = self.kv.block_size
+        any_finished = False
+        sampled = dict(zip(plan.sampled, range(len(plan.sampled)), strict=True))
+        for index, request in enumerate(plan.requests):
+            request.num_in_flight -= 1
+            sample = sampled.get(index, -1)
+            if sample >= 0:
+                request.num_pending -= 1
+            if request.status == RequestStatus.FINISHED:
+                if request.num_in_flight == 0:
+                    self._leave(request)
+                continue
+            if request.num_stale:
+                request.num_stale -= 1
+            else:
+                num_done = plan.num_computed[index] + plan.num_new[index]
+                if num_done // block_size > request.num_registered:
+                    self.kv.register(request, num_done)
+            prompt_logprobs = None
+            if index in result.prompt_logprobs:
+                prompt_logprobs = request.take_prompt_logprobs(plan.num_computed[index], result.prompt_logprobs[index])
+            if sample < 0:
+                if prompt_logprobs:
+                    outputs.append(EngineOutput(request.request_id, [], prompt_logprobs=prompt_logprobs))
+                continue
+            token = result.token_ids[sample]
+            request.token_ids.append(token)
+            output = EngineOutput(request.request_id, [token], num_cached_tokens=request.num_cached_tokens)
+            if sample in result.logprobs:
+                output.logprobs = [result.logprobs[sample]]
+            output.prompt_logprobs = prompt_logprobs
+            self._check_stop(request, token, output)
+            if output.finish_reason is not None:
+                self._finish(request, output.finish_reason)
+                any_finished = True
+            outputs.append(output)
+        if any_finished:
+            self._drop_finished()
+        return outputs
+
+    def fail(self, plans: Iterable[StepPlan], message: str) -> list[EngineOutput]:
+        """A step raised: it and the plans made on top of it are void. Their requests end with an error."""
+        outputs = []
+        for plan in plans:
+            for request in plan.requests:
+                request.num_in_flight -= 1
+                if not request.finished:
+                    self._finish(request, "error")
+                    outputs.append(EngineOutput(request.request_id, [], "error", message))
+                elif request.num_in_flight == 0:
+                    self._leave(request)
+        self._drop_finished()
+        return outputs
+
+    def _check_stop(self, request: Request, token: int, output: EngineOutput) -> None:
+        """EOS, stop ids, length, repetition, in this order; nothing but length ends a request below min_tokens."""
+        length = len(request.token_ids)
+        if length >= request.min_total:
+            if token in request.eos_token_ids:
+                output.finish_reason = "stop"
+                return
+            if token in request.stop_token_ids:
+                output.finish_reason, output.stop_reason = "stop", token
+                return
+        if length >= request.max_total:
+            output.finish_reason = "length"
+        elif (
+            (detection := request.params.repetition_detection) is not None
+            and length >= request.min_total
+            and ends_in_repetition(request.token_ids, request.num_prompt_tokens, detection)
+        ):
+            output.finish_reason = "repetition"
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        heapq.heappush(self.waiting, (request.key, request))
+        self.num_waiting += 1
+
+    def _peek_waiting(self) -> Request | None:
+        while self.waiting:
+            request = self.waiting[0][1]
+            if not request.finished:
+                return request
+            heapq.heappop(self.waiting)
+        return None
+
+    def _leave_parent(self, request: Request) -> None:
+        """The request has its own blocks, or will never want any: it no longer needs the parent's."""
+        parent, request.fork_of = request.fork_of, None
+        if parent is not None:
+            parent.num_forks_waiting -= 1
+            self._free_if_forsaken(parent)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        """Mark as finished. Its blocks go back when no plan under way names them; `_drop_finished` must follow."""
+        if request.status == RequestStatus.WAITING:
+            self.num_waiting -= 1
+            if len(self.waiting) > 2 * self.num_waiting + 64:  # mostly aborted requests
+                self.waiting = [entry for entry in self.waiting if not entry[1].finished and entry[1] is not request]
+                heapq.heapify(self.waiting)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+        self._leave_parent(request)
+        self.leaving[request.request_id] = request
+        if request.num_in_flight == 0:
+            self._leave(request)
+
+    def _drop_finished(self) -> None:
+        self.running = [request for request in self.running if request.status != RequestStatus.FINISHED]
+
+    def _leave(self, request: Request) -> None:
+        """No plan under way names the request any more: give back its row and blocks."""
+        del self.leaving[request.request_id]
+        if request.row >= 0:
+            self._free_rows.append(request.row)
+            request.row = -1
+        self.held[request.request_id] = request
+        self._free_if_forsaken(request)
+
+    def _free_if_forsaken(self, request: Request) -> None:
+        """Free the blocks of a finished request that nobody will fork from."""
+        if request.request_id in self.held and not request.held and request.num_forks_waiting == 0:
+            del self.held[request.request_id]
+            self.kv.free(request)
+
+    def _reclaim_held(self) -> bool:
+        """Free the blocks of the request that has been held longest: its forks will compute for themselves."""
+        for request_id, request in self.held.items():
+            del self.held[request_id]
+            self.kv.free(request)
+            return True
+        return False
