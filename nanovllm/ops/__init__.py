@@ -1,0 +1,39 @@
+"""Operators: the contract (operators.py), its definition (reference.py), and what each device does better."""
+
+from __future__ import annotations
+
+from nanovllm.errors import ParameterError
+from nanovllm.ops.metadata import AttentionMetadata
+from nanovllm.ops.operators import Operators
+
+__all__ = ["AttentionMetadata", "Operators", "operator_table"]
+
+ATTENTION_BACKENDS = ("torch_native", "reference")
+
+
+def operator_table(device: str, attention_backend: str | None = None) -> Operators:
+    """The operators of ``device`` ("cpu"); those it does not override are the reference ones.
+
+    ``attention_backend`` chooses attention: "torch_native" (the default) or "reference" (one row at a time, to read
+    and to compare with). Raises ParameterError for a device or a backend that does not exist.
+    """
+    from nanovllm.ops import reference, torch_native
+
+    if device != "cpu":
+        raise ParameterError("no operators for this device; choose 'cpu'", "device", device)
+    if attention_backend not in (None, *ATTENTION_BACKENDS):
+        raise ParameterError(f"choose one of {', '.join(ATTENTION_BACKENDS)}", "attention_backend", attention_backend)
+    attention = reference if attention_backend == "reference" else torch_native
+    return Operators(
+        rms_norm=reference.rms_norm,
+        add_rms_norm=reference.add_rms_norm,
+        rotary=reference.rotary,
+        silu_and_mul=reference.silu_and_mul,
+        gelu_and_mul=reference.gelu_and_mul,
+        pack_linear=reference.pack_linear,
+        linear=reference.linear,
+        write_kv=reference.write_kv,
+        copy_blocks=reference.copy_blocks,
+        prepare_attention=attention.prepare_attention,
+        paged_attention=attention.paged_attention,
+    )

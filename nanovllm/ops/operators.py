@@ -1,0 +1,31 @@
+"""The operator table: the one contract between the engine and a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.ops.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Every operator a model may call. ``ops/reference.py`` defines each of them in plain torch and says what it
+    computes; a device replaces those it does better. T tokens, H query heads, Hk KV heads, D head_dim.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_and_mul: Callable[[Tensor, str], Tensor]
+    pack_linear: Callable[[Tensor], Any]
+    linear: Callable[[Tensor, Any, Tensor | None], Tensor]
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    copy_blocks: Callable[[Sequence[tuple[Tensor, Tensor]], Sequence[int], Sequence[int]], None]
+    prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
