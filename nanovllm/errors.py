@@ -27,3 +27,11 @@ class ModelError(ValueError):
 
 class EngineDeadError(RuntimeError):
     """The engine met a fault it cannot recover from; make a new one."""
+
+
+class EngineGenerateError(RuntimeError):
+    """One request met a fault inside the engine; the engine goes on."""
+
+
+class StepError(RuntimeError):
+    """A forward pass failed; its cause is attached. The requests in it have ended, the engine goes on."""

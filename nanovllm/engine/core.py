@@ -12,6 +12,7 @@ from nanovllm.engine.invariants import InvariantChecker
 from nanovllm.engine.plan import EngineOutput, StepPlan, StepResult
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import StepError
 
 
 class Handle(Protocol):
@@ -63,8 +64,8 @@ class EngineCore:
         """Complete one step.
 
         Raises:
-            Exception: what the executor raised. The requests of that step have ended; the next call reports them with
-                finish_reason "error". All others go on.
+            StepError: the executor raised. The requests of that step have ended; the next call reports them with
+                finish_reason "error". All others go on. Anything else is a fault of the engine itself.
         """
         outputs, self._undelivered = self._undelivered, []
         if outputs:
@@ -77,13 +78,15 @@ class EngineCore:
                 self.checker.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
         if not self._in_flight:
+            if self.scheduler.has_work:
+                raise RuntimeError(f"requests wait but nothing can be scheduled: {self.scheduler.requests}")
             return []
         plan, handle = self._in_flight[0]
         try:
             result = handle.result()
         except Exception as error:
             self._undelivered = self._abandon(f"{type(error).__name__}: {error}")
-            raise
+            raise StepError(f"a step of the model failed: {error}") from error
         self._in_flight.popleft()
         outputs = self.scheduler.update(plan, result)
         if self.checker is not None:

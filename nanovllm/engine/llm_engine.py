@@ -1,0 +1,220 @@
+"""The synchronous engine: prompts in, `RequestOutput`s out, one `step` at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
+from nanovllm.engine.beam_search import BeamSearch
+from nanovllm.engine.core import EngineCore, Executor
+from nanovllm.engine.family import derive_seed, make_family
+from nanovllm.engine.input import InputProcessor
+from nanovllm.engine.output import OutputProcessor
+from nanovllm.engine.plan import EngineOutput
+from nanovllm.errors import ParameterError
+from nanovllm.outputs import BeamSearchOutput, RequestOutput
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.inputs import PromptType
+
+logger = logging.getLogger(__name__)
+
+
+def fit_context(config: EngineConfig, num_blocks: int) -> EngineConfig:
+    """Shorten the context to what the KV cache holds, with one notice."""
+    capacity = (num_blocks - 1) * config.cache.block_size
+    if config.model.max_model_len <= capacity:
+        return config
+    logger.warning(
+        "max_model_len is shortened from %d to %d tokens: that is what the KV cache holds. For a longer context give "
+        "the cache more memory (kv_cache_memory_bytes) or use a smaller model.",
+        config.model.max_model_len,
+        capacity,
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, max_model_len=capacity))
+
+
+class LLMEngine:
+    """Text face of `EngineCore`.
+
+    Args:
+        config: from ``EngineArgs.build()``.
+        executor: where the model runs; None makes the one the configuration asks for.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        if executor is None:
+            from nanovllm.executor import create_executor
+
+            executor = create_executor(config)
+        self.config = fit_context(config, executor.num_blocks)
+        self.core = EngineCore(self.config, executor)
+        self.input = InputProcessor(self.config)
+        self.output = OutputProcessor(self.input.tokenizer)
+        self._beams: dict[str, BeamSearch] = {}  # request id -> its search
+        self._beam_outputs: dict[str, BeamSearchOutput] = {}
+        self._num_requests = 0
+        self._closed = False
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, **_: Any) -> LLMEngine:
+        """Build the configuration and the engine."""
+        return cls(args.build())
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None with ``skip_tokenizer_init``."""
+        return self.input.tokenizer
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> str:
+        """Queue a prompt.
+
+        Args:
+            params: None takes the model's own defaults (generation_config.json).
+            priority: smaller goes first; needs ``scheduling_policy="priority"``.
+
+        Raises:
+            ParameterError: the prompt or a parameter cannot be honoured. Nothing was queued.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if self.output.has(request_id):
+            raise ParameterError("a request of this id is under way", "request_id", request_id)
+        given = params if params is not None else self.input.default_params()
+        prepared = self.input.process(prompt, given)
+        seed = derive_seed(self.config.seed, self._num_requests)
+        family = make_family(request_id, prepared, self.config.model.max_model_len, seed)
+        self.core.add(family[0], priority, family[1:])
+        self.output.add(request_id, prepared, given, [member.request_id for member in family])
+        self._num_requests += 1
+        return request_id
+
+    def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
+        """End requests. Returns their final outputs (finish reason "abort"); unknown ids are passed over."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        finals = []
+        for name in ids:
+            final, children = self.output.abort(name)
+            self.core.finish(children, "abort")
+            if final is not None:
+                finals.append(final)
+        return finals
+
+    def has_unfinished_requests(self) -> bool:
+        return self.core.has_work
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.output.num_requests
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step of the engine and hand out what it yields.
+
+        Raises:
+            StepError: a step failed. Its requests have ended, and are handed out by the next call with finish reason
+                "error"; all others go on.
+        """
+        outputs = self.core.step()
+        if self._beams:
+            outputs = self._advance_beams(outputs)
+        request_outputs, stopped = self.output.process(outputs)
+        if stopped:
+            self.core.finish(stopped, "stop")
+        return request_outputs
+
+    # -- beam search ---------------------------------------------------------------------------------------------
+
+    def add_beam_search(self, search_id: str, prompt: PromptType, params: BeamSearchParams) -> None:
+        """Queue a beam search; `step` advances it, `take_beam_output` has the result.
+
+        Raises:
+            ParameterError: the prompt or a parameter cannot be honoured.
+        """
+        if params.structured_outputs is not None:
+            raise ParameterError("not supported with beam search in this version", "structured_outputs", "...")
+        if params.temperature != 0.0:
+            raise ParameterError("beam search ranks by the model's own probabilities: use 0", "temperature",
+                                 params.temperature)  # fmt: skip
+        vocab_size = self.config.model.vocab_size
+        if 2 * params.beam_width > vocab_size:
+            raise ParameterError(f"at most half the vocabulary of {vocab_size}", "beam_width", params.beam_width)
+        prepared = self.input.process(prompt, SamplingParams(max_tokens=params.max_tokens, ignore_eos=False))
+        search = BeamSearch(
+            search_id,
+            prepared.prompt_token_ids,
+            params,
+            prepared.eos_token_ids,
+            self.config.model.max_model_len,
+            prepared.cache_salt,
+        )
+        for request in search.start():
+            self._beams[request.request_id] = search
+            self.core.add(request)
+
+    def take_beam_output(self, search_id: str) -> BeamSearchOutput | None:
+        """The result of a finished search, once; None while it runs."""
+        return self._beam_outputs.pop(search_id, None)
+
+    def abort_beam_search(self, search_id: str) -> None:
+        """End a search wherever it stands. Idempotent."""
+        ids = [name for name, search in self._beams.items() if search.search_id == search_id]
+        self.core.finish(ids, "abort")
+        for name in ids:
+            self.core.scheduler.release(name)
+            del self._beams[name]
+
+    def _advance_beams(self, outputs: list[EngineOutput]) -> list[EngineOutput]:
+        others = []
+        for output in outputs:
+            search = self._beams.get(output.request_id)
+            if search is None:
+                others.append(output)
+                continue
+            requests, released = search.advance(output)
+            for request in requests:
+                self._beams[request.request_id] = search
+                self.core.add(request)
+            for name in released:
+                self.core.scheduler.release(name)
+                del self._beams[name]
+            if released and not requests:
+                self._beam_outputs[search.search_id] = self._finish_beams(search)
+        return others
+
+    def _finish_beams(self, search: BeamSearch) -> BeamSearchOutput:
+        sequences = search.best()
+        if self.tokenizer is not None:
+            start = search.num_prompt_tokens
+            for sequence in sequences:
+                tokens = sequence.tokens[start:]
+                if sequence.finish_reason == "stop" and not search.params.include_stop_str_in_output:
+                    tokens = tokens[:-1]
+                sequence.text = self.tokenizer.decode(tokens, skip_special_tokens=search.params.skip_special_tokens)
+        return BeamSearchOutput(sequences)
+
+    # -- the engine itself ---------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing changes, while requests hold blocks."""
+        return self.core.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """Free weights and cache. Idempotent."""
+        self._closed = True
+        self.core.shutdown()
