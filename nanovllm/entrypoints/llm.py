@@ -86,6 +86,7 @@ class LLM:
         self.llm_engine = LLMEngine(args.build())
         self._ids = itertools.count()
         self._pending: list[str] = []  # enqueued, not yet waited for
+        self._finished: dict[str, RequestOutput] = {}  # done, not yet handed out
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +260,6 @@ class LLM:
     def _wait(self, ids: list[str], use_tqdm: bool | Callable[..., tqdm]) -> list[RequestOutput]:
         """Step the engine until these requests are done."""
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
-        missing, finished = set(ids), {}
         bar = make_bar(
             total=len(ids),
             desc="Processed prompts",
@@ -267,28 +267,29 @@ class LLM:
             disable=not use_tqdm,
             postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
         )
+        missing = {request_id for request_id in ids if request_id not in self._finished}
+        bar.update(len(ids) - len(missing))
         num_input = num_output = 0
         start = time.perf_counter()
         try:
             while missing:
                 for output in self.llm_engine.step():
-                    finished[output.request_id] = output
-                    if output.request_id not in missing:
-                        continue  # enqueued: waits for its own call
-                    missing.remove(output.request_id)
-                    num_input += len(output.prompt_token_ids) * len(output.outputs)
-                    num_output += sum(len(c.token_ids) for c in output.outputs)
-                    seconds = time.perf_counter() - start
-                    bar.postfix = (
-                        f"est. speed input: {num_input / seconds:.2f} toks/s, output: {num_output / seconds:.2f} toks/s"
-                    )
-                    bar.update()
+                    self._finished[output.request_id] = output  # or it was enqueued, and waits for its own call
+                    if output.request_id in missing:
+                        missing.remove(output.request_id)
+                        num_input += len(output.prompt_token_ids) * len(output.outputs)
+                        num_output += sum(len(c.token_ids) for c in output.outputs)
+                        speed = [count / (time.perf_counter() - start) for count in (num_input, num_output)]
+                        bar.postfix = f"est. speed input: {speed[0]:.2f} toks/s, output: {speed[1]:.2f} toks/s"
+                        bar.update()
         except BaseException:
             self.llm_engine.abort_request(missing)
+            for request_id in ids:
+                self._finished.pop(request_id, None)
             raise
         finally:
             bar.close()
-        return [finished[request_id] for request_id in ids]
+        return [self._finished.pop(request_id) for request_id in ids]
 
 
 def _as_prompts(prompts: Any) -> Sequence[PromptType]:
