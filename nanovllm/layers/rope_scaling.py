@@ -1,8 +1,8 @@
 """RoPE frequencies from a model's configuration: how far each pair of dimensions turns per position.
 
 A paged cache stores keys already rotated, so a key must never need another rotation later: the frequencies are chosen
-once, from the configuration and ``max_model_len``, and hold for every sequence. Two kinds are defined in transformers by
-the length of the running sequence. Ours are:
+once, from the configuration and ``max_model_len``, and hold for every sequence. Two kinds are defined in transformers
+by the length of the running sequence. Ours are:
 
 - dynamic (NTK): the base that transformers would use for a sequence of ``max_model_len`` tokens. Up to the trained
   length that is plain RoPE, in both. Beyond it transformers changes the base while a sequence grows (and leaves the

@@ -28,8 +28,9 @@ _DUMMY_POOL = 1_048_573  # a prime, so that no two rows of a dummy matrix are al
 def load_weights(model: Decoder, path: str | Path, load_format: str, seed: int) -> None:
     """Fill ``model`` and make it ready to run.
 
-    ``load_format`` "auto" and "safetensors" read the folder ``path``; "dummy" draws random weights from ``seed``. Raises
-    ModelError, with the names concerned, for a folder without weights, a damaged file, or a checkpoint that does not fit.
+    ``load_format`` "auto" and "safetensors" read the folder ``path``; "dummy" draws random weights from ``seed``.
+    Raises ModelError, with the names concerned, for a folder without weights, a damaged file, or a checkpoint that does
+    not fit the model.
     """
     if load_format == "dummy":
         fill_with_random(model.slots(), seed)
@@ -120,8 +121,8 @@ def _copy(tensors: safe_open, name: str, slot: WeightSlot, file: Path) -> int:
 def fill_with_random(slots: Slots, seed: int) -> None:
     """Random weights of the usual size, quickly: norms 1, everything else normal with deviation 0.02.
 
-    A stretch of a fixed random pool for each tensor, its beginning chosen by ``seed`` and the tensor's name: the same in
-    every run.
+    Each tensor is a stretch of a random pool that ``seed`` determines, beginning where the tensor's name says: the same
+    in every run.
     """
     pool: Tensor | None = None
     for name, slot in slots.items():

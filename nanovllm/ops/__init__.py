@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nanovllm.errors import ParameterError
 from nanovllm.ops.metadata import AttentionMetadata
 from nanovllm.ops.operators import Operators
@@ -12,18 +14,19 @@ ATTENTION_BACKENDS = ("torch_native", "reference")
 
 
 def operator_table(device: str, attention_backend: str | None = None) -> Operators:
-    """The operators of ``device`` ("cpu"); those it does not override are the reference ones.
+    """The operators of ``device`` ("cpu"), for one engine; those it does not override are the reference ones.
 
     ``attention_backend`` chooses attention: "torch_native" (the default) or "reference" (one row at a time, to read
     and to compare with). Raises ParameterError for a device or a backend that does not exist.
     """
-    from nanovllm.ops import reference, torch_native
+    from nanovllm.ops import reference
+    from nanovllm.ops.torch_native import TorchNativeAttention
 
     if device != "cpu":
         raise ParameterError("no operators for this device; choose 'cpu'", "device", device)
     if attention_backend not in (None, *ATTENTION_BACKENDS):
         raise ParameterError(f"choose one of {', '.join(ATTENTION_BACKENDS)}", "attention_backend", attention_backend)
-    attention = reference if attention_backend == "reference" else torch_native
+    attention: Any = reference if attention_backend == "reference" else TorchNativeAttention()
     return Operators(
         rms_norm=reference.rms_norm,
         add_rms_norm=reference.add_rms_norm,
