@@ -90,7 +90,13 @@ def engine_config(
 
 
 def make_request(
-    request_id: str, prompt: list[int], max_tokens: int = 8, *, seed: int = 0, max_model_len: int = 128, **options: object
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int = 8,
+    *,
+    seed: int = 0,
+    max_model_len: int = 128,
+    **options: object,
 ) -> Request:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     return Request(request_id, prompt, params, max_model_len=max_model_len, seed=seed, **options)  # type: ignore[arg-type]
