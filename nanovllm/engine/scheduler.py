@@ -245,11 +245,9 @@ class Scheduler:
 
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Take a request's blocks; it will be recomputed, output included, when there is room again."""
-        if victim in plan.requests:
+        if victim in plan.requests:  # its updates may stay: nobody enters its row in this step
             index = plan.requests.index(victim)
             del plan.requests[index], plan.num_new[index]
-            plan.block_updates = [u for u in plan.block_updates if u[0] != victim.row]
-            plan.copies = [c for c in plan.copies if c[1] not in victim.blocks]
         self.running.pop()
         self.kv.free(victim)
         self._free_rows.append(victim.row)
