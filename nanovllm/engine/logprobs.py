@@ -1,0 +1,19 @@
+"""Log-probabilities as users read them."""
+
+from __future__ import annotations
+
+from nanovllm.engine.plan import TokenLogprobs
+from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.outputs import Logprob, PositionLogprobs
+
+
+def position_logprobs(position: TokenLogprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
+    """One position's entries by token id: the token itself first, then the likeliest in descending order."""
+    token_ids: list[int] = position.token_ids.tolist()
+    values: list[float] = position.logprobs.tolist()
+    entries: PositionLogprobs = {}
+    for rank, (token_id, value) in enumerate(zip(token_ids, values, strict=True)):
+        if token_id not in entries:
+            text = None if tokenizer is None else tokenizer.token_text(token_id)
+            entries[token_id] = Logprob(value, rank or position.rank, text)
+    return entries

@@ -1,0 +1,180 @@
+"""From the engine's tokens to what users read: one `RequestOutput` per request and step.
+
+A request with ``n`` > 1 runs as n children in the engine; their outputs come together here. A child whose output ends
+is forgotten at once, so whatever the engine still says of it (a step in flight when it was aborted) has no effect.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nanovllm.engine.completion import Completion
+from nanovllm.engine.input import EngineInput
+from nanovllm.engine.logprobs import position_logprobs
+from nanovllm.engine.plan import EngineOutput
+from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.outputs import PositionLogprobs, RequestOutput, RequestStateStats
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that has not had its final output."""
+
+    request_id: str
+    engine_input: EngineInput
+    kind: RequestOutputKind
+    stream_interval: int
+    child_ids: list[str]
+    completions: list[Completion]
+    stats: RequestStateStats
+    unfinished: int  # completions
+    prompt_logprobs: list[PositionLogprobs | None] | None
+    num_cached_tokens: int | None = None
+    due: bool = False  # an output is to be handed out this step
+
+
+@dataclass(slots=True)
+class _Child:
+    """Where the engine's outputs of one child go."""
+
+    completion: Completion
+    request: _Request
+    is_first: bool  # the child with index 0 speaks for the prompt
+    heard_of: bool = field(default=False)  # the engine has said something of it
+
+
+class OutputProcessor:
+    """Makes `RequestOutput`s of the engine's `EngineOutput`s.
+
+    Args:
+        tokenizer: the model's; without one, outputs have token ids and no text.
+        stream_interval: when streaming, hand out an output every so many tokens; a request can ask for more.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stream_interval: int = 1) -> None:
+        self._tokenizer = tokenizer
+        self._stream_interval = stream_interval
+        self._requests: dict[str, _Request] = {}
+        self._children: dict[str, _Child] = {}
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not had their final output."""
+        return len(self._requests)
+
+    def has(self, request_id: str) -> bool:
+        """Whether the request has not had its final output."""
+        return request_id in self._requests
+
+    def add(self, request_id: str, engine_input: EngineInput, params: SamplingParams, child_ids: list[str]) -> None:
+        """Expect the outputs of a request.
+
+        Args:
+            request_id: the user's name for it.
+            engine_input: what `InputProcessor.process` made of it.
+            params: the parameters as the user gave them; they say how outputs are handed out.
+            child_ids: the ids that its n outputs have in the engine, by index.
+        """
+        completions = [
+            Completion(index, engine_input, self._tokenizer, params.output_kind) for index in range(len(child_ids))
+        ]
+        request = _Request(
+            request_id=request_id,
+            engine_input=engine_input,
+            kind=params.output_kind,
+            stream_interval=max(self._stream_interval, params.stream_interval or 1),
+            child_ids=list(child_ids),
+            completions=completions,
+            stats=RequestStateStats(arrival_time=time.time(), arrival_ts=time.monotonic()),
+            unfinished=len(completions),
+            # Nothing predicts the first token.
+            prompt_logprobs=None if engine_input.params.prompt_logprobs is None else [None],
+        )
+        self._requests[request_id] = request
+        for child_id, completion in zip(child_ids, completions, strict=True):
+            self._children[child_id] = _Child(completion, request, completion is completions[0])
+
+    def process(self, outputs: Iterable[EngineOutput]) -> tuple[list[RequestOutput], list[str]]:
+        """Take what a step gave.
+
+        Returns:
+            The outputs to hand out, at most one per request; and the ids of the children that a stop string ended
+            while the engine goes on with them.
+        """
+        due: list[_Request] = []
+        to_stop: list[str] = []
+        for output in outputs:
+            child = self._children.get(output.request_id)
+            if child is None:
+                continue
+            completion, request = child.completion, child.request
+            if completion.quiet and child.heard_of and output.finish_reason is None:
+                completion.token_ids += output.new_token_ids
+                continue
+            if not child.heard_of or output.prompt_logprobs:
+                self._take_prompt_part(child, output)
+            completion.take(output)
+            if completion.finish_reason is not None:
+                del self._children[output.request_id]
+                request.unfinished -= 1
+                if output.finish_reason is None:
+                    to_stop.append(output.request_id)
+            if not request.due and _is_due(request, completion):
+                request.due = True
+                due.append(request)
+        return [self._hand_out(request) for request in due], to_stop
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request: its final output, with finish reason "abort", or None if there is no such request."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for child_id, completion in zip(request.child_ids, request.completions, strict=True):
+            if completion.finish_reason is None:
+                completion.finish("abort")
+                del self._children[child_id]
+        request.unfinished = 0
+        return self._hand_out(request)
+
+    def _take_prompt_part(self, child: _Child, output: EngineOutput) -> None:
+        """What an output says of the prompt, and the time of the first token."""
+        request = child.request
+        if child.is_first:
+            if not child.heard_of:
+                request.num_cached_tokens = output.num_cached_tokens
+            if request.prompt_logprobs is not None and output.prompt_logprobs:
+                request.prompt_logprobs += [position_logprobs(each, self._tokenizer) for each in output.prompt_logprobs]
+        if output.new_token_ids:
+            child.heard_of = True
+            request.stats.first_token_ts = request.stats.first_token_ts or time.monotonic()
+
+    def _hand_out(self, request: _Request) -> RequestOutput:
+        request.due = False
+        finished = request.unfinished == 0
+        if finished:
+            del self._requests[request.request_id]
+        completions, prompt_logprobs = request.completions, request.prompt_logprobs
+        if request.kind is RequestOutputKind.DELTA:
+            completions = [completion for completion in completions if completion.has_news()]
+            request.prompt_logprobs = None
+        request.stats.last_token_ts = time.monotonic()
+        request.stats.num_generation_tokens = sum(completion.num_tokens for completion in request.completions)
+        return RequestOutput(
+            request.request_id,
+            request.engine_input.prompt,
+            request.engine_input.prompt_token_ids,
+            prompt_logprobs,
+            [completion.hand_out() for completion in completions],
+            finished,
+            request.stats,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+
+def _is_due(request: _Request, completion: Completion) -> bool:
+    if request.unfinished == 0:
+        return True
+    return request.kind is not RequestOutputKind.FINAL_ONLY and completion.is_due(request.stream_interval)
