@@ -127,17 +127,24 @@ class OutputProcessor:
                 due.append(request)
         return [self._hand_out(request) for request in due], to_stop
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request: its final output, with finish reason "abort", or None if there is no such request."""
+    def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
+        """End a request.
+
+        Returns:
+            Its final output, with finish reason "abort", and the ids of the children that the engine still runs; None
+            and no ids if there is no such request.
+        """
         request = self._requests.get(request_id)
         if request is None:
-            return None
+            return None, []
+        to_stop = []
         for child_id, completion in zip(request.child_ids, request.completions, strict=True):
             if completion.finish_reason is None:
                 completion.finish("abort")
                 del self._children[child_id]
+                to_stop.append(child_id)
         request.unfinished = 0
-        return self._hand_out(request)
+        return self._hand_out(request), to_stop
 
     def _take_prompt_part(self, child: _Child, output: EngineOutput) -> None:
         """What an output says of the prompt, and the time of the first token."""
