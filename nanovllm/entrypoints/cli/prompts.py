@@ -1,0 +1,57 @@
+"""Where prompts come from on the command line: an argument, a file, or standard input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nanovllm.entrypoints.cli.parser import UsageError
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts asked for.
+
+    Args:
+        prompt: the text itself; ``"-"``, or None with standard input redirected, means all of standard input.
+        file: a file with one prompt per line (blank lines are skipped); ``"-"`` means standard input.
+
+    Raises:
+        UsageError: no prompt, two sources, a file that cannot be read, or text that is not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise UsageError("give a prompt or --file, not both")
+    if file is not None:
+        lines = _read(file).splitlines()
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise UsageError(f"--file {file}: there is no prompt in it; it holds one per line")
+        return prompts
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError('give a prompt: nanovllm generate "...", --file FILE, or through a pipe')
+    if prompt is None or prompt == "-":
+        prompt = _read("-").rstrip("\r\n")
+        if not prompt:
+            raise UsageError("standard input is empty: no prompt")
+    return [_valid(prompt)]
+
+
+def _read(file: str) -> str:
+    name = "standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"--file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start}; convert it first"
+        ) from None
+
+
+def _valid(prompt: str) -> str:
+    """An argument arrives with its undecodable bytes as lone surrogates, which no tokenizer takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the prompt is not UTF-8 text (position {error.start})") from None
+    return prompt
