@@ -1,0 +1,119 @@
+"""The sampler: from the logits of the sampled rows to one token each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.engine.plan import RowStart, TokenLogprobs
+from nanovllm.runner.blocks import argmax
+from nanovllm.runner.choice import keep_likeliest, sample_plain, sample_top_k, sample_top_p
+from nanovllm.runner.logit_rules import apply_logit_rules
+from nanovllm.runner.logprobs import gather_logprobs, score_ids
+from nanovllm.runner.ragged import Array, to_device
+from nanovllm.runner.sampling_state import GREEDY, LOGPROBS, PLAIN, TOP_P, SamplingState
+
+
+class Sampler:
+    """Chooses tokens for rows whose parameters ``start`` has recorded.
+
+    Args:
+        max_rows: number of rows.
+        vocab_size: V.
+        logprobs_mode: what logprobs hold: "raw_logprobs" and "raw_logits" are the model's own, "processed_logprobs"
+            and "processed_logits" those after penalties, temperature and filters.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, logprobs_mode: str) -> None:
+        self.state = SamplingState(max_rows, vocab_size)
+        self.vocab_size = vocab_size
+        stage, self._scale = logprobs_mode.split("_")
+        self._processed = stage == "processed"
+
+    def start(self, start: RowStart) -> None:
+        """A request takes a row."""
+        self.state.start(start)
+
+    def sample(
+        self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor
+    ) -> tuple[Tensor, dict[int, TokenLogprobs]]:
+        """Choose one token per row.
+
+        Args:
+            logits: float32 [S, V], contiguous; overwritten.
+            rows: int64 [S], whose parameters apply.
+            positions: int64 [S], where the chosen token will stand.
+            tokens: the token table [max_rows, width]; row r holds the tokens before the position.
+
+        Returns:
+            Token ids int64 [S], and the log-probabilities of the rows that asked, by index into S. A row without a
+            finite logit gets some valid token; the others do not notice.
+        """
+        features = self.state.features[rows]
+        wanted = np.flatnonzero(features & LOGPROBS)
+        scores = None
+        if len(wanted) and not self._processed:
+            scores = logits.index_select(0, to_device(wanted, logits.device))
+        if (features & ~LOGPROBS).any():
+            apply_logit_rules(logits, self.state, rows, positions, tokens)
+        if len(wanted) and self._processed:
+            scores = self._process(logits.index_select(0, to_device(wanted, logits.device)), rows[wanted])
+        chosen = self._choose(logits, rows, positions)
+        return chosen, {} if scores is None else self._logprobs(scores, chosen, rows, wanted)
+
+    def _choose(self, logits: Tensor, rows: Array, positions: Array) -> Tensor:
+        methods = self.state.method[rows]
+        first = int(methods[0])
+        if (methods == first).all():
+            return self._choose_alike(first, logits, rows, positions)
+        chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        for method in np.unique(methods).tolist():
+            which = np.flatnonzero(methods == method)
+            index = to_device(which, logits.device)
+            chosen[index] = self._choose_alike(method, logits.index_select(0, index), rows[which], positions[which])
+        return chosen
+
+    def _choose_alike(self, method: int, logits: Tensor, rows: Array, positions: Array) -> Tensor:
+        """Choose for rows of one method; ``logits`` are overwritten."""
+        if method == GREEDY:
+            return argmax(logits)
+        state = self.state
+        logits.div_(to_device(state.temperature[rows], logits.device).unsqueeze(1))
+        seeds = state.seed[rows]
+        if method == PLAIN:
+            return sample_plain(logits, seeds, positions)
+        if method == TOP_P:
+            return sample_top_p(logits, state.top_p[rows], state.min_p[rows], seeds, positions)
+        return sample_top_k(logits, state.top_k[rows], state.top_p[rows], state.min_p[rows], seeds, positions)
+
+    def _process(self, logits: Tensor, rows: Array) -> Tensor:
+        """The logits the tokens are drawn from; greedy rows have temperature 1 and no filters."""
+        state = self.state
+        logits.div_(to_device(state.temperature[rows], logits.device).unsqueeze(1))
+        filtered = np.flatnonzero(state.method[rows] > PLAIN)
+        if len(filtered):
+            index, rows = to_device(filtered, logits.device), rows[filtered]
+            logits[index] = keep_likeliest(logits[index], state.top_k[rows], state.top_p[rows], state.min_p[rows])
+        return logits
+
+    def to_scores(self, logits: Tensor) -> Tensor:
+        """Logits [n, V] as the mode wants them: overwritten by their log-probabilities, or as they are."""
+        return torch.log_softmax(logits, dim=-1, out=logits) if self._scale == "logprobs" else logits
+
+    def _logprobs(self, logits: Tensor, chosen: Tensor, rows: Array, wanted: Array) -> dict[int, TokenLogprobs]:
+        scores = self.to_scores(logits)
+        chosen = chosen.index_select(0, to_device(wanted, logits.device))
+        found: dict[int, TokenLogprobs] = {}
+        counts = self.state.num_logprobs[rows[wanted]]
+        named = np.array([self.state.scored_ids[r] is not None for r in rows[wanted]])
+        # One selection per distinct count, not the largest for all: ties must not depend on the batch.
+        for count in np.unique(counts[~named]).tolist():
+            which = np.flatnonzero(~named & (counts == count))
+            index = to_device(which, logits.device)
+            results = gather_logprobs(scores.index_select(0, index), chosen.index_select(0, index), count)
+            found.update(zip(wanted[which].tolist(), results, strict=True))
+        for i in np.flatnonzero(named).tolist():
+            ids = self.state.scored_ids[rows[wanted[i]]]
+            found[int(wanted[i])] = score_ids(scores[i : i + 1], chosen[i : i + 1], to_device(ids, scores.device))[0]
+        return found
