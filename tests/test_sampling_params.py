@@ -221,7 +221,7 @@ def test_repr_has_the_known_fields_in_order():
 
 def test_structured_outputs_need_exactly_one_constraint():
     assert StructuredOutputsParams(regex="a+").regex == "a+"
-    with pytest.raises(ParameterError, match="only use one kind.*json, regex"):
+    with pytest.raises(ParameterError, match=r"only use one kind.*json, regex"):
         StructuredOutputsParams(json="{}", regex="a")
     with pytest.raises(ParameterError, match="must use one kind"):
         StructuredOutputsParams()

@@ -75,7 +75,7 @@ QWEN_TEMPLATE = """{%- if tools %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == "tool" %}
         {{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>\\n' }}
-    {%- else %}
+    {%- elif message.role != "system" %}
         {{- raise_exception('Unexpected role ' + message.role) }}
     {%- endif %}
 {%- endfor %}

@@ -122,6 +122,6 @@ class WindowDetokenizer:
             self._window = self._window[self._read :]
             self._read = len(self._window)
             self._read_text = self._decode(self._window)
-        else:  # tokens without text are no context, and must not make the window grow
-            del self._window[self._read :]
+        elif len(self._window) - self._read >= self.MAX_HELD:  # a run of tokens without text
+            del self._window[self._read]
         return new

@@ -94,7 +94,7 @@ class Tokenizer:
             if name.endswith("_token") and isinstance(value, (str, dict))
         }
         _add_missing_tokens(backend, merged, special_tokens)
-        _apply_bos_eos_rule(backend, config, special_tokens)
+        _add_wanted_bos_eos(backend, config, special_tokens)
         return cls(backend, special_tokens, _chat_templates(path, config))
 
     # Encoding and decoding
@@ -349,19 +349,20 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], s
             known[content] = True
 
 
-def _apply_bos_eos_rule(backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
-    """Let ``add_bos_token`` and ``add_eos_token`` of the config, where given, overrule the post-processor."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
+def _add_wanted_bos_eos(backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
+    """Let the post-processor write BOS and EOS also where only the config asks for them.
+
+    Llama-style checkpoints say ``add_bos_token: true`` and leave it to the tokenizer's class to obey. What
+    tokenizer.json adds by itself stays, whatever the config says, as in transformers 5.
+    """
     present = backend.encode("").tokens
-
-    def token_for(name: str) -> str | None:
-        token = special_tokens.get(name)
-        return token if config.get(f"add_{name}", token in present) else None
-
-    bos, eos = token_for("bos_token"), token_for("eos_token")
+    wanted = {name: special_tokens.get(name) for name in ("bos_token", "eos_token")}
+    missing = [name for name, token in wanted.items() if config.get(f"add_{name}") and token and token not in present]
+    if not missing:
+        return
+    bos, eos = (token if name in missing or token in present else None for name, token in wanted.items())
     template = [token for token in (bos, "$A", eos) if token is not None]
-    ids = [(token, backend.token_to_id(token)) for token in {bos, eos} if token is not None]
+    ids = [(token, backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
     backend.post_processor = TemplateProcessing(single=template, special_tokens=ids)
 
 
