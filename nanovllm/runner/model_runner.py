@@ -1,0 +1,136 @@
+"""The model runner: loads a model, owns its KV cache, and carries out plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.plan import StepPlan, StepResult, TokenLogprobs
+from nanovllm.models import build_model, load_weights
+from nanovllm.ops import operator_table
+from nanovllm.parallel import ParallelContext
+from nanovllm.platforms import get_platform
+from nanovllm.runner.input_batch import InputBatch, StepInput
+from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
+from nanovllm.runner.logprobs import gather_logprobs
+from nanovllm.runner.sampler import Sampler
+
+if TYPE_CHECKING:
+    from nanovllm.config import EngineConfig
+
+# Prompt positions whose logits exist at a time: [PROMPT_ROWS, vocab] float32 is 39 MB for a vocabulary of 152k.
+PROMPT_ROWS = 64
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step that has been launched; its tokens may still be on their way on the device."""
+
+    token_ids: Tensor  # int64 [S]
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+    def result(self) -> StepResult:
+        """Wait for the step and bring its tokens to the host."""
+        return StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs)
+
+
+class ModelRunner:
+    """One rank's model with its weights, KV cache and rows.
+
+    Attributes:
+        num_blocks: blocks of the KV cache, the padding block included.
+        kv_bytes_per_block: bytes of one block, K and V, all layers.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the weights and allocate the cache.
+
+        Raises:
+            ModelError: the checkpoint cannot be served.
+            ParameterError: the device does not exist, or memory does not suffice for the KV cache.
+        """
+        platform = get_platform(config.device)
+        platform.set_threads()
+        self.device = torch.device(platform.device)
+        self.ops = operator_table(platform.device, config.attention_backend)
+        model = config.model
+        self.model = build_model(
+            model.hf_config,
+            model.architecture,
+            dtype=getattr(torch, model.dtype),
+            device=platform.device,
+            ops=self.ops,
+            parallel=ParallelContext(),
+            max_model_len=model.max_model_len,
+        )
+        load_weights(self.model, model.path, model.load_format, model.seed)
+
+        block_size, max_rows = config.cache.block_size, config.scheduler.max_num_seqs
+        self.num_blocks = count_blocks(config, self.model, platform)
+        self.kv_bytes_per_block = bytes_per_block(self.model, block_size)
+        self.kv_caches = allocate(self.model, self.num_blocks, block_size, self.device)
+        log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
+
+        self.batch = InputBatch(max_rows, block_size, self.device)
+        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode)
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # row -> (number of likeliest, prompt length)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step. Steps run in the order of their launch; a step that raises leaves the runner usable."""
+        self._apply(plan)
+        inputs = self.batch.prepare(plan)
+        hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.meta)
+        # Prompt first: its logits are gone before those of the sampled rows come.
+        prompt_logprobs = self._score_prompts(plan, inputs, hidden) if self._prompt_logprobs else {}
+        if not plan.sampled:
+            return PendingStep(torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
+        if inputs.sampled_tokens is not None:
+            hidden = hidden.index_select(0, inputs.sampled_tokens)
+        token_ids, logprobs = self.sampler.sample(
+            self.model.compute_logits(hidden), inputs.sampled_rows, inputs.sampled_positions, self.batch.tokens
+        )
+        self.batch.append(inputs.sampled_rows, inputs.sampled_positions, token_ids)
+        return PendingStep(token_ids, logprobs, prompt_logprobs)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run a step and wait for it."""
+        return self.launch(plan).result()
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Bring rows and cache up to date: starts, block updates, copies, in this order."""
+        for start in plan.starts:
+            self.batch.start(start.row, start.token_ids)
+            self.sampler.start(start)
+            self._prompt_logprobs.pop(start.row, None)
+            if (asked := start.params.prompt_logprobs) is not None:
+                count = self.model.vocab_size if asked == -1 else min(asked, self.model.vocab_size)
+                self._prompt_logprobs[start.row] = count, start.num_prompt_tokens
+        self.batch.update_blocks(plan.block_updates)
+        if plan.copies:
+            sources, targets = zip(*plan.copies, strict=True)
+            self.ops.copy_blocks(self.kv_caches, sources, targets)
+
+    def _score_prompts(self, plan: StepPlan, inputs: StepInput, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """Log-probabilities of the prompt tokens that follow the computed ones, for the rows that asked."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for index, row in enumerate(plan.rows):
+            if row not in self._prompt_logprobs:
+                continue
+            count, num_prompt = self._prompt_logprobs[row]
+            first, begin = plan.num_computed[index], inputs.meta.query_start_loc[index]
+            # The logits at a position judge the token behind it; the prompt's last position judges the first output.
+            scored = min(plan.num_new[index], num_prompt - 1 - first)
+            results: list[TokenLogprobs] = []
+            for done in range(0, scored, PROMPT_ROWS):
+                end = min(done + PROMPT_ROWS, scored)
+                scores = self.sampler.to_scores(self.model.compute_logits(hidden[begin + done : begin + end]))
+                tokens = self.batch.tokens[row, first + done + 1 : first + end + 1].to(torch.int64)
+                results += gather_logprobs(scores, tokens, count)
+            if results:
+                found[index] = results
+        return found
