@@ -95,9 +95,9 @@ def tiny_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -
                 weight.normal_(0.0, 0.3, generator=generator)
             elif "embed_tokens" in name:
                 # Small against what the layers add, so that a tied head does not just repeat the last token.
-                weight.normal_(0.0, 0.3, generator=generator)
+                weight.normal_(0.0, 0.1, generator=generator)
             else:
-                gain = 1.5 if "q_proj" in name or "k_proj" in name or "o_proj" in name else 1.0
+                gain = 2.0 if "q_proj" in name or "k_proj" in name or "o_proj" in name else 1.0
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5, generator=generator)
     return model.to(dtype).eval()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanovllm.ops.metadata import AttentionMetadata
 
-_BUCKET_TOKENS = 4096  # gathered at a time, unless one row alone has more
+_BUCKET_TOKENS = 2048  # gathered at a time, unless one row alone has more
 _TILE_QUERIES = 512
 
 
@@ -109,7 +109,7 @@ class TorchNativeAttention:
         return out
 
     def _gather(self, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V at ``slots`` [n]: [n, Hk, D] each, in the workspace. Fresh memory would cost four times the copying."""
+        """K and V at ``slots`` [n]: [n, Hk, D] each, in the workspace. Fresh memory would cost 4 x the copying."""
         count = slots.shape[0]
         workspace = self._workspace
         if workspace is None or workspace[0].shape[0] < count or workspace[0].shape[1:] != k_cache.shape[2:]:
@@ -197,7 +197,7 @@ def _long_rows(meta: AttentionMetadata, window: int | None, dtype: torch.dtype) 
 
 
 def _cut_masks(hidden: list[tuple[Tile, int]], window: int | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Give each tile its mask: a cut-out of one staircase, for whether a query sees a key depends on their distance only.
+    """Give each tile its mask, cut out of one staircase: whether a query sees a key depends on their distance only.
 
     ::
 
