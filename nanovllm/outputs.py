@@ -55,14 +55,14 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestStateStats:
-    """When things happened to a request. Intervals of the ``_ts`` fields are seconds of a monotonic clock.
+    """When things happened to a request; the ``_ts`` fields are seconds of a monotonic clock.
 
     Attributes:
         arrival_time: wall-clock time of arrival, seconds since the epoch.
         arrival_ts: arrival.
         first_token_ts: the first token of any of its outputs; 0.0 before.
-        last_token_ts: the last output handed out.
-        num_generation_tokens: tokens generated, over all its outputs.
+        last_token_ts: the end of its last output; 0.0 before.
+        num_generation_tokens: tokens generated, over all its outputs; counted at the end.
     """
 
     arrival_time: float = 0.0

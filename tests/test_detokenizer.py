@@ -86,6 +86,8 @@ def test_the_deltas_add_up_to_the_full_decode(tokenizers_by_family, family, skip
     @given(streams(tokenizer), streams(tokenizer))
     def check(prompt, output):
         deltas = stream(tokenizer, prompt, output, skip_special_tokens=skip)
+        at_once = tokenizer.detokenizer(prompt, skip_special_tokens=skip)
+        assert at_once.push_all(output) + at_once.flush() == "".join(deltas)
         expected = continuation(tokenizer, prompt, output, skip)
         if expected is not None:
             assert "".join(deltas) == expected

@@ -20,6 +20,7 @@ class Completion:
 
     Attributes:
         token_ids: the tokens.
+        num_tokens: tokens generated so far (while `quiet`, counted at the end).
         finish_reason: set once the output has ended; nothing may be added then.
         quiet: until it ends, nothing is to be done with new tokens but to append them to ``token_ids``.
     """
@@ -34,12 +35,12 @@ class Completion:
         "_lazy",
         "_logprobs",
         "_min_tokens",
-        "_num_dropped",
         "_num_handed_out",
         "_parts",
         "_stop_strings",
         "_tokenizer",
         "finish_reason",
+        "num_tokens",
         "quiet",
         "stop_reason",
         "token_ids",
@@ -66,19 +67,14 @@ class Completion:
         self._lazy = kind is RequestOutputKind.FINAL_ONLY and self._stop_strings is None
         self.quiet = self._lazy and params.logprobs is None
         self.token_ids: list[int] = []
+        self.num_tokens = 0
         self._parts: list[str] = []
         self._logprobs: list[PositionLogprobs] | None = None if params.logprobs is None else []
         self._cumulative_logprob = 0.0
-        self._num_dropped = 0  # tokens handed out and no longer in token_ids
         self._num_handed_out = 0
         self._end_handed_out = False
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens generated."""
-        return self._num_dropped + len(self.token_ids)
 
     def has_news(self) -> bool:
         """Whether there is anything that was not handed out."""
@@ -87,30 +83,37 @@ class Completion:
     def is_due(self, interval: int) -> bool:
         """Whether to hand out now: the first token and the end at once, what is between every ``interval`` tokens."""
         new = self.num_tokens - self._num_handed_out
-        if new and (not self._num_handed_out or new >= interval):
+        if new >= interval or (new and not self._num_handed_out):
             return True
         return self.finish_reason is not None and not self._end_handed_out
 
     def take(self, output: EngineOutput) -> None:
         """Add what a step gave. A stop string in the new text ends the output, whatever the engine said."""
         new = output.new_token_ids
-        taken = len(new)
         if not self._lazy and self._detokenizer is not None:
-            taken = self._detokenize(new[:-1] if self._ending_is_dropped(output.finish_reason) else new, len(new))
+            shown = new[:-1] if self._ending_is_dropped(output.finish_reason) else new
+            if self._stop_strings is None:
+                for token_id in shown:
+                    self._parts.append(self._detokenizer.push(token_id))
+            else:
+                new = new[: self._find_stop(shown, len(new))]
         if self._logprobs is not None and output.logprobs:
-            self._add_logprobs(output.logprobs[:taken])
-        self.token_ids += new if taken == len(new) else new[:taken]
+            self._add_logprobs(output.logprobs[: len(new)])
+        self.token_ids += new
+        self.num_tokens += len(new)
         if self.finish_reason is None and output.finish_reason is not None:
             self.finish(output.finish_reason, output.stop_reason)
 
     def finish(self, finish_reason: str, stop_reason: int | str | None = None) -> None:
         """End the output, and make the text that was still to come."""
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
+        if self.quiet:
+            self.num_tokens = len(self.token_ids)
         if self._detokenizer is None:
             return
         if self._lazy:
             shown = self.token_ids[:-1] if self._ending_is_dropped(finish_reason) else self.token_ids
-            self._parts += map(self._detokenizer.push, shown)
+            self._parts.append(self._detokenizer.push_all(shown))
         text = self._detokenizer.flush()
         if self._stop_strings is None:
             self._parts.append(text)
@@ -124,7 +127,6 @@ class Completion:
         self._num_handed_out = self.num_tokens
         self._end_handed_out = self.finish_reason is not None
         if self._delta:
-            self._num_dropped = self._num_handed_out
             self.token_ids, self._parts = [], []
             self._logprobs = None if logprobs is None else []
         elif self.finish_reason is None:  # it goes on growing, and the output must not
@@ -145,17 +147,11 @@ class Completion:
         """Whether the last token is an EOS or a stop id whose text is not to be shown."""
         return finish_reason == "stop" and self._drop_ending
 
-    def _detokenize(self, shown: Sequence[int], num_new: int) -> int:
+    def _find_stop(self, shown: Sequence[int], num_new: int) -> int:
         """Turn tokens into text; returns how many of the new tokens count: none after a stop string."""
         assert self._detokenizer is not None
-        push = self._detokenizer.push
-        if self._stop_strings is None:
-            for token_id in shown:
-                self._parts.append(push(token_id))
-            return num_new
-        before = self.num_tokens
         for count, token_id in enumerate(shown, 1):
-            if self._stopped_by(push(token_id), before + count):
+            if self._stopped_by(self._detokenizer.push(token_id), self.num_tokens + count):
                 return count
         return num_new
 

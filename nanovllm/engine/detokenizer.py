@@ -24,6 +24,10 @@ class Detokenizer(Protocol):
         """The text that this token completes; may be empty."""
         ...
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete."""
+        ...
+
     def flush(self) -> str:
         """The sequence has ended: what was held back."""
         ...
@@ -51,6 +55,12 @@ class TableDetokenizer:
             self._at_first_token = False
             entry = self._table.first(token_id)
         return self._decode(entry.encode() if isinstance(entry, str) else entry, final=False)
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        if self._at_first_token:
+            return "".join(map(self.push, token_ids))
+        entries = map(self._table.__getitem__, token_ids)
+        return self._decode(b"".join([e.encode() if isinstance(e, str) else e for e in entries]), final=False)
 
     def flush(self) -> str:
         return self._decode(b"", final=True)
@@ -112,6 +122,9 @@ class WindowDetokenizer:
         if text.endswith(REPLACEMENT) and len(self._window) - self._read < self.MAX_HELD:
             return ""
         return self._advance(text)
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         return self._advance(self._decode(self._window))

@@ -165,10 +165,12 @@ class OutputProcessor:
             del self._requests[request.request_id]
         completions, prompt_logprobs = request.completions, request.prompt_logprobs
         if request.kind is RequestOutputKind.DELTA:
-            completions = [completion for completion in completions if completion.has_news()]
             request.prompt_logprobs = None
-        request.stats.last_token_ts = time.monotonic()
-        request.stats.num_generation_tokens = sum(completion.num_tokens for completion in request.completions)
+            if len(completions) > 1:
+                completions = [completion for completion in completions if completion.has_news()]
+        if finished:
+            request.stats.last_token_ts = time.monotonic()
+            request.stats.num_generation_tokens = sum(completion.num_tokens for completion in request.completions)
         return RequestOutput(
             request.request_id,
             request.engine_input.prompt,
