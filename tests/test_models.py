@@ -41,7 +41,7 @@ def assert_equals_reference(
     outputs, logits = run_paged(model, prompts, chunk=chunk, max_tokens=max_tokens)
     for prompt, output, ours in zip(prompts, outputs, logits, strict=True):
         theirs = reference_logits(reference, prompt + output[:-1])
-        assert (ours - theirs).abs().max() < tolerance
+        assert (ours - theirs).abs().max() < TOLERANCE
         assert output == theirs[len(prompt) - 1 :].argmax(-1).tolist()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
@@ -18,9 +17,9 @@ def gated_activation(name: str, ops: Operators) -> Callable[[Tensor], Tensor]:
     if name == "silu":
         return ops.silu_and_mul
     if name == "gelu":
-        return partial(ops.gelu_and_mul, approximate="none")
+        return lambda x: ops.gelu_and_mul(x, "none")
     if name in ("gelu_new", "gelu_pytorch_tanh"):
-        return partial(ops.gelu_and_mul, approximate="tanh")
+        return lambda x: ops.gelu_and_mul(x, "tanh")
     raise ModelError(f"hidden_act {name!r} is not supported; known: silu, gelu, gelu_new, gelu_pytorch_tanh")
 
 

@@ -23,6 +23,8 @@ class RMSNorm:
         """x [..., size] -> [..., size]."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """``(norm(x + residual), x + residual)``."""
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(norm(x + residual), x + residual)``; before the first layer there is no residual yet."""
+        if residual is None:
+            return self(x), x
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

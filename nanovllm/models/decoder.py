@@ -118,10 +118,7 @@ class DecoderLayer:
         meta: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         """``x`` [T, hidden] still has to be added to ``residual``: the norm behind it does both at once."""
-        if residual is None:
-            x, residual = self.attention_norm(x), x
-        else:
-            x, residual = self.attention_norm.add(x, residual)
+        x, residual = self.attention_norm.add(x, residual)
         x = self.attention(x, cos, sin, *cache, meta)
         x, residual = self.mlp_norm.add(x, residual)
         return self.mlp(x), residual
@@ -176,7 +173,8 @@ class Decoder:
         if meta.backend is None:
             self.ops.prepare_attention(meta, self.windows, self.dtype)
         cos, sin = self.rotary.rows(positions)
-        x, residual = self.embedding(input_ids), None
+        x = self.embedding(input_ids)
+        residual: Tensor | None = None
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, cos, sin, cache, meta)
         return self.norm.add(x, residual)[0]

@@ -50,11 +50,11 @@ def checkpoint_files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error!r}); download it again") from error
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise ModelError(f"{path} lacks {_some(missing)}, which {index.name} lists; complete the download")
+            raise ModelError(f"{path} lacks {_some(missing, 'files')}, which {index.name} lists; complete the download")
         return [path / name for name in names]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
@@ -146,8 +146,8 @@ def _repeat_into(target: Tensor, pool: Tensor, start: int) -> None:
         start = 0
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def _some(names: Iterable[str], what: str = "tensors", most: int = 8) -> str:
     """The first few names, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return f"{len(listed)} tensors: " + ", ".join(listed[:most]) + more
+    return f"{len(listed)} {what}: " + ", ".join(listed[:most]) + more
