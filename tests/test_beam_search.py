@@ -12,7 +12,7 @@ from nanovllm import LLM, BeamSearchParams
 from nanovllm.engine.invariants import InvariantChecker
 from nanovllm.errors import ParameterError
 
-PROMPTS = [{"prompt_token_ids": [5, 9, 100]}, {"prompt_token_ids": list(range(20, 39))}]
+PROMPTS = [{"prompt_token_ids": [5, 9, 50]}, {"prompt_token_ids": list(range(20, 39))}]
 EOS = 2
 
 
@@ -49,18 +49,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_beams_equal_a_plain_search(checkpoint: tuple[Path, Any], options: Any, ignore_eos: bool, penalty: float):
     path, model = checkpoint
     settings = {"num_gpu_blocks_override": 100, "block_size": 4, "max_model_len": 40, **options}
-    prompts = [{"prompt_token_ids": [5, 9, 50]}, {"prompt_token_ids": list(range(20, 39))}]
     with LLM(str(path), skip_tokenizer_init=True, dtype="float32", **settings) as llm:
         core = llm.llm_engine.core
         core.checker = InvariantChecker(core.scheduler)
         params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=ignore_eos, length_penalty=penalty)
-        outputs = llm.beam_search(prompts, params)
+        outputs = llm.beam_search(PROMPTS, params)
         core.checker.idle()
-        assert [s.tokens for o in llm.beam_search(prompts, params, concurrency_limit=1) for s in o.sequences] == [
+        assert [s.tokens for o in llm.beam_search(PROMPTS, params, concurrency_limit=1) for s in o.sequences] == [
             s.tokens for o in outputs for s in o.sequences
         ]
         core.checker.idle()
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
         expected = plain_beam_search(model, prompt["prompt_token_ids"], 3, 6, None if ignore_eos else EOS, penalty)
         assert [s.tokens for s in output.sequences] == [tokens for tokens, _ in expected]
         assert [s.cum_logprob for s in output.sequences] == pytest.approx([total for _, total in expected], abs=1e-3)

@@ -26,16 +26,15 @@ class InvariantChecker:
         self.num_slots_written = 0  # tokens computed in total
         self._tables: dict[int, list[int]] = {}  # row -> block table, rebuilt from the plans alone
         self._written: dict[int, set[int]] = {}  # block -> offsets written since it was allocated
-        pool = scheduler.kv.pool
-        original = pool.allocate
+        self._allocated: list[int] = []  # since the last plan
+        allocate = scheduler.kv.pool.allocate
 
-        def allocate(count: int) -> list[int]:
-            blocks = original(count)
-            for block in blocks:
-                self._written[block] = set()
+        def noted_allocate(count: int) -> list[int]:
+            blocks = allocate(count)
+            self._allocated += blocks
             return blocks
 
-        pool.allocate = allocate  # type: ignore[method-assign]
+        scheduler.kv.pool.allocate = noted_allocate  # type: ignore[method-assign]
 
     def planned(self, plan: StepPlan) -> None:
         """Check a plan against the scheduler's limits, then replay its writes."""
@@ -52,16 +51,20 @@ class InvariantChecker:
             table = self._tables[row]
             _expect(first <= len(table), "a hole in a block table", plan)
             table[first : first + len(blocks)] = blocks
-        source_of = {target: source for source, target in plan.copies}
-        _expect(len(source_of) == len(plan.copies), "a block is the target of two copies", plan)
+        # All copies read before anything is written: a source may have been freed and handed out again in this plan.
+        copied = {target: set(self._written[source]) for source, target in plan.copies}
+        _expect(len(copied) == len(plan.copies), "a block is the target of two copies", plan)
+        for block in self._allocated:
+            self._written[block] = set()
+        self._allocated = []
         for request, row, start_at, count in zip(
             plan.requests, plan.rows, plan.num_computed, plan.num_new, strict=True
         ):
             table = self._tables[row]
             _expect(table[: len(request.blocks)] == request.blocks, "the runner's block table differs", request, table)
             first, kept = table[start_at // block_size], range(start_at % block_size)
-            if first in source_of:  # what the source holds beyond the shared tokens does not count as written
-                self._written[first] = self._written[source_of[first]].intersection(kept)
+            if first in copied:  # what the source holds beyond the shared tokens does not count as written
+                self._written[first] = copied[first].intersection(kept)
             for position in range(start_at):
                 block, offset = table[position // block_size], position % block_size
                 _expect(offset in self._written[block], f"position {position} is read before it is written", request)
