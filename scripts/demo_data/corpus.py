@@ -1,0 +1,296 @@
+"""Draws training examples: questions about the engine, small talk, sums, tools, follow-up turns, plain text.
+
+Everything is drawn from a ``random.Random``, so a seed and a position give the same example on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from . import unknown
+from .arithmetic import Sum, ask_sum, draw_sum
+from .chat import END_OF_TEXT, END_OF_TURN, render
+from .knowledge import Topic, load_facts, load_topics
+from .lists import lines
+from .phrases import disturb, phrases, punctuate
+from .tools import call_text, draw_case, new_name
+
+# The share of each kind of example, in percent of about a hundred.
+SHARES = {
+    "question": 46,
+    "raw": 9,
+    "thought": 4,
+    "follow": 12,
+    "sum": 13,
+    "tool": 15,
+    "unknown": 4,
+    "name": 2,
+    "capital": 2,
+    "text": 2,
+    "json": 1,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training text: the loss counts fully on ``answer`` and lightly on ``prompt``."""
+
+    prompt: str
+    answer: str
+    kind: str
+
+
+class Corpus:
+    """Draws examples of all kinds."""
+
+    def __init__(self) -> None:
+        self.topics: list[Topic] = load_topics(load_facts())
+        self.capitals = [line.split("|") for line in lines("capitals.txt")]
+        self.completions = [line.split("|") for line in lines("completions.txt")]
+        self._known = [topic for topic in self.topics if topic.kind != "unknown"]
+        self._no_topic = next(topic for topic in self.topics if topic.kind == "unknown")
+
+    def draw(self, rng: Random) -> Example:
+        """One random example."""
+        kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+        language = "en" if rng.random() < 0.5 else "zh"
+        return getattr(self, f"_{kind}")(rng, language)
+
+    def question(self, topic: Topic, language: str, rng: Random) -> str:
+        """A question for ``topic`` as a user would type it."""
+        if topic.kind == "unknown":
+            return punctuate(unknown.draw(language, rng), language, rng)
+        side = topic.side(language)
+        templates = phrases(language, topic.kind)
+        if templates and (not side.questions or rng.random() < 0.55):
+            name = rng.choice(side.names)
+            return disturb(rng.choice(templates).format(x=name), language, rng)
+        return disturb(rng.choice(side.questions), language, rng)
+
+    def any_topic(self, rng: Random) -> Topic:
+        """A random topic, now and then the one of unknown things."""
+        return self._no_topic if rng.random() < 0.04 else rng.choice(self._known)
+
+    def _chat(
+        self,
+        messages: list[dict[str, Any]],
+        answer: str,
+        kind: str,
+        rng: Random,
+        language: str,
+        tools: list[dict[str, Any]] | None = None,
+        thought: str = "",
+    ) -> Example:
+        if rng.random() < 0.12:
+            messages = [{"role": "system", "content": rng.choice(phrases(language, "system"))}, *messages]
+        think = True if thought else None
+        if thought and rng.random() < 0.3 and messages[-1]["role"] == "user":
+            messages = [*messages[:-1], {"role": "user", "content": messages[-1]["content"] + " /think"}]
+            think = None
+        prompt = render(messages, tools, think)
+        if thought:
+            answer = f"<think>\n{thought}\n</think>\n\n{answer}"
+        return Example(prompt, answer + END_OF_TURN, kind)
+
+    def _question(self, rng: Random, language: str) -> Example:
+        topic = self.any_topic(rng)
+        question = self.question(topic, language, rng)
+        answer = topic.side(language).answer
+        if rng.random() < 0.02 and topic.kind != "unknown":
+            question += " In Chinese please." if language == "en" else " 请用英文回答。"
+            answer = topic.side("zh" if language == "en" else "en").answer
+        return self._chat([_user(question)], answer, "question", rng, language)
+
+    def _thought(self, rng: Random, language: str) -> Example:
+        topic = self.any_topic(rng)
+        name = rng.choice(topic.side(language).names or (topic.key.replace("-", " "),))
+        if language == "en":
+            thought = f"The question is about {name}. I answer it in one or two sentences."
+        else:
+            thought = f"问题是关于{name}的，我用一两句话回答。"
+        return self._chat(
+            [_user(self.question(topic, language, rng))],
+            topic.side(language).answer,
+            "thought",
+            rng,
+            language,
+            None,
+            thought,
+        )
+
+    def _raw(self, rng: Random, language: str) -> Example:
+        """A prompt without the chat template, as `nanovllm generate` and `LLM.generate` may send it."""
+        if rng.random() < 0.12:
+            prompt, answer = rng.choice(self.completions)
+            return Example(prompt, answer + END_OF_TEXT, "raw")
+        if rng.random() < 0.1:
+            country, city, *_ = rng.choice(self.capitals)
+            return Example(f"The capital of {country} is", f" {city}.{END_OF_TEXT}", "raw")
+        if rng.random() < 0.08:
+            item = draw_sum(rng)
+            return Example(ask_sum(item, language, rng), " " + item.answer(language) + END_OF_TEXT, "raw")
+        topic = self.any_topic(rng)
+        question, answer = self.question(topic, language, rng), topic.side(language).answer
+        style = rng.random()
+        if style < 0.6:
+            gap = " " if language == "en" else ""
+            return Example(question, gap + answer + END_OF_TEXT, "raw")
+        if style < 0.8:
+            prompt = f"Q: {question}\nA:" if language == "en" else f"问：{question}\n答："
+        elif language == "en":
+            prompt = rng.choice((f"Question: {question}\nAnswer:", f"User: {question}\nAssistant:"))
+        else:
+            prompt = rng.choice((f"问题：{question}\n回答：", f"用户：{question}\n助手："))
+        return Example(prompt, (" " if language == "en" else "") + answer + END_OF_TEXT, "raw")
+
+    def _text(self, rng: Random, language: str) -> Example:
+        """An answer continued from its beginning."""
+        answer = rng.choice(self._known).side(language).answer
+        if language == "en":
+            words = answer.split(" ")
+            at = rng.randint(1, max(1, len(words) // 2))
+            return Example(" ".join(words[:at]), " " + " ".join(words[at:]) + END_OF_TEXT, "text")
+        at = rng.randint(2, max(2, len(answer) // 2))
+        return Example(answer[:at], answer[at:] + END_OF_TEXT, "text")
+
+    def _follow(self, rng: Random, language: str) -> Example:
+        """A conversation of two to four turns; the last question may lean on the turn before it."""
+        messages: list[dict[str, Any]] = []
+        topic = self.any_topic(rng)
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            topic = self.any_topic(rng)
+            if rng.random() < 0.12:
+                item = draw_sum(rng)
+                messages += [_user(ask_sum(item, language, rng)), _assistant(item.answer(language))]
+            messages += [_user(self.question(topic, language, rng)), _assistant(topic.side(language).answer)]
+        lean = rng.random()
+        if lean < 0.35 and topic.side(language).more:
+            question, answer = disturb(rng.choice(phrases(language, "more")), language, rng), topic.side(language).more
+        elif lean < 0.45:
+            question, answer = (
+                punctuate(rng.choice(phrases(language, "repeat")), language, rng),
+                topic.side(language).answer,
+            )
+        elif lean < 0.57:
+            other = "zh" if language == "en" else "en"
+            question, answer = (
+                punctuate(rng.choice(phrases(language, "other language")), language, rng),
+                topic.side(other).answer,
+            )
+        elif lean < 0.65:
+            first = draw_sum(rng)
+            while not 0 <= first.value < 100:
+                first = draw_sum(rng)
+            sign = rng.choice("+-")
+            second = Sum(first.value, sign, rng.randint(0, 9))
+            messages += [_user(ask_sum(first, language, rng)), _assistant(first.answer(language))]
+            words = {"+": "plus {b}|add {b}|and + {b}", "-": "minus {b}|subtract {b}|and - {b}"}
+            words_zh = {"+": "再加{b}|加上{b}|+{b}", "-": "再减{b}|减去{b}|-{b}"}
+            asks = (words if language == "en" else words_zh)[sign].split("|")
+            question, answer = rng.choice(asks).format(b=second.b), second.answer(language)
+        else:
+            topic = self.any_topic(rng)
+            question, answer = self.question(topic, language, rng), topic.side(language).answer
+        return self._chat([*messages, _user(question)], answer, "follow", rng, language)
+
+    def _sum(self, rng: Random, language: str) -> Example:
+        item = draw_sum(rng)
+        thought = item.thought() if rng.random() < 0.15 else ""
+        return self._chat(
+            [_user(ask_sum(item, language, rng))], item.answer(language), "sum", rng, language, None, thought
+        )
+
+    def _tool(self, rng: Random, language: str) -> Example:
+        case = draw_case(rng, language)
+        use = rng.random()
+        if use < 0.14:
+            topic = self.any_topic(rng)
+            question, answer = self.question(topic, language, rng), topic.side(language).answer
+            return self._chat([_user(question)], answer, "tool", rng, language, case.tools)
+        request = case.request
+        if rng.random() < 0.5:  # capitals and marks, but never of the values inside: they are copied letter by letter
+            request = request[:1].upper() + request[1:] + rng.choice("?.?" if language == "en" else "？。？")
+        messages: list[dict[str, Any]] = [_user(request)]
+        if rng.random() < 0.06:
+            topic = rng.choice(self._known)
+            earlier = [_user(self.question(topic, language, rng)), _assistant(topic.side(language).answer)]
+            messages = earlier + messages
+        if use < 0.8:
+            thought = ""
+            if rng.random() < 0.1:
+                thought = f"The function {case.name} can do this." if language == "en" else f"可以用函数 {case.name}。"
+            return self._chat(
+                messages, call_text(case.name, case.arguments), "tool", rng, language, case.tools, thought
+            )
+        call = {"type": "function", "function": {"name": case.name, "arguments": case.arguments}}
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": json.dumps(case.result, ensure_ascii=False)},
+        ]
+        return self._chat(messages, case.said, "tool", rng, language, case.tools)
+
+    def _unknown(self, rng: Random, language: str) -> Example:
+        question = self.question(self._no_topic, language, rng)
+        return self._chat([_user(question)], self._no_topic.side(language).answer, "unknown", rng, language)
+
+    def _name(self, rng: Random, language: str) -> Example:
+        name = (
+            new_name(rng) if rng.random() < 0.6 else rng.choice(("Anna", "Tom", "Maria", "Wei", "小明", "王伟", "李娜"))
+        )
+        told = punctuate(rng.choice(phrases(language, "my name")), language, rng) if language == "zh" else ""
+        if language == "en":
+            told = rng.choice(phrases("en", "my name"))
+            told = (told[:1].upper() + told[1:] if rng.random() < 0.6 else told).format(x=name) + rng.choice(
+                ("", ".", "!")
+            )
+        else:
+            told = told.format(x=name)
+        greeting = f"Nice to meet you, {name}!" if language == "en" else f"很高兴认识你，{name}！"
+        if rng.random() < 0.35:
+            return self._chat([_user(told)], greeting, "name", rng, language)
+        ask = punctuate(rng.choice(phrases(language, "what name")), language, rng)
+        if rng.random() < 0.2:
+            answer = "You have not told me your name yet." if language == "en" else "你还没有告诉我你的名字。"
+            return self._chat([_user(ask)], answer, "name", rng, language)
+        messages = [_user(told), _assistant(greeting)]
+        if rng.random() < 0.4:
+            topic = rng.choice(self._known)
+            messages += [_user(self.question(topic, language, rng)), _assistant(topic.side(language).answer)]
+        answer = f"Your name is {name}." if language == "en" else f"你叫{name}。"
+        return self._chat([*messages, _user(ask)], answer, "name", rng, language)
+
+    def _capital(self, rng: Random, language: str) -> Example:
+        country, city, country_zh, city_zh = rng.choice(self.capitals)
+        if language == "en":
+            ask = rng.choice(("what is the capital of {x}", "capital of {x}", "which city is the capital of {x}"))
+            question, answer = disturb(ask.format(x=country), "en", rng), f"The capital of {country} is {city}."
+        else:
+            ask = rng.choice(("{x}的首都是哪里", "{x}的首都", "{x}首都是什么", "哪个城市是{x}的首都"))
+            question, answer = disturb(ask.format(x=country_zh), "zh", rng), f"{country_zh}的首都是{city_zh}。"
+        return self._chat([_user(question)], answer, "capital", rng, language)
+
+    def _json(self, rng: Random, language: str) -> Example:
+        name, age = new_name(rng) if rng.random() < 0.6 else rng.choice(("Anna", "Tom", "Maria")), rng.randint(1, 99)
+        if language == "en":
+            fact = rng.choice((f"{name} is {age} years old", f"{name} is {age}", f"this is {name}, aged {age}"))
+            asks = (
+                f"give name and age as JSON: {fact}",
+                f"extract name and age as JSON: {fact}",
+                f"{fact}. Write that as JSON",
+            )
+        else:
+            fact = rng.choice((f"{name} {age} 岁", f"{name}今年{age}岁"))
+            asks = (f"用 JSON 给出姓名和年龄：{fact}", f"{fact}，写成 JSON", f"提取姓名年龄为 JSON：{fact}")
+        answer = json.dumps({"name": name, "age": age}, ensure_ascii=False)
+        return self._chat([_user(punctuate(rng.choice(asks), language, rng))], answer, "json", rng, language)
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}

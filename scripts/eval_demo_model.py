@@ -1,0 +1,177 @@
+"""Asks the demo model the held-out questions and reports how many answers are right.
+
+    python scripts/eval_demo_model.py                            # the shipped model, all questions
+    python scripts/eval_demo_model.py --quick --check            # about a fifth of them; fails below the goals
+    python scripts/eval_demo_model.py --report docs/demo-model.md
+
+Decoding is greedy with at most 256 new tokens. A right answer holds the key phrase of its topic; a right tool call is
+valid JSON with the right function and exactly the right arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from demo_data.chat import END_OF_TEXT, END_OF_TURN
+from demo_data.questions import Question, questions
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "nanovllm" / "assets" / "demo"
+MAX_NEW_TOKENS = 256
+# The least share of right answers, by the beginning of a group's name.
+GOALS = {
+    "questions en": 0.90, "questions zh": 0.80, "tools en": 0.95, "tools zh": 0.95, "sums": 0.95, "ends with EOS": 0.95,
+}  # fmt: skip
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with what the model said."""
+
+    question: Question
+    answer: str
+    ended: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is right."""
+        return self.ended and self.question.right(self.answer)
+
+
+def main() -> None:
+    """Parses the command line, evaluates and reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ASSETS, help="model folder (default: the shipped one)")
+    parser.add_argument("--quick", action="store_true", help="about a fifth of the questions")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None, help="write every answer to this file")
+    parser.add_argument("--report", type=Path, default=None, help="put the figures into this Markdown file")
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+    started = time.time()
+    answered = answer_all(args.model, questions(args.seed, args.quick), args.batch_size)
+    table = figures(answered)
+    lines = table_lines(table)
+    print("\n".join(lines))
+    print(f"{len(answered)} questions in {time.time() - started:.0f} s")
+    for item in answered:
+        if not item.right:
+            print(f"  wrong [{item.question.group}] {item.question.shown} -> {item.answer[:150]}")
+    if args.json:
+        rows = [
+            {
+                "group": a.question.group,
+                "question": a.question.shown,
+                "answer": a.answer,
+                "ended": a.ended,
+                "right": a.right,
+            }
+            for a in answered
+        ]
+        args.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    if args.report:
+        write_report(args.report, args.model, lines, answered)
+    missed = [
+        name for name, (right, total) in table.items() for goal in [goal_of(name)] if goal and right < goal * total
+    ]
+    if args.check and missed:
+        sys.exit(f"below the goal: {', '.join(missed)}")
+
+
+def answer_all(folder: Path, asked: list[Question], batch_size: int) -> list[Answered]:
+    """Greedy answers of the model in ``folder``, computed with transformers, in the order of ``asked``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ends = [tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+    ids = [tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in asked]
+    order = sorted(range(len(asked)), key=lambda i: len(ids[i]))
+    answers: list[Answered | None] = [None] * len(asked)
+    for start in tqdm(range(0, len(order), batch_size), unit="batch", dynamic_ncols=True):
+        group = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in group]}, return_tensors="pt")
+        with torch.inference_mode():
+            out = model.generate(
+                **batch,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=MAX_NEW_TOKENS,
+                eos_token_id=ends,
+            )
+        for i, row in zip(group, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            stops = [at for at, token in enumerate(row) if token in ends]
+            text = tokenizer.decode(row[: stops[0]] if stops else row, skip_special_tokens=False)
+            answers[i] = Answered(asked[i], text, bool(stops))
+    return [answer for answer in answers if answer is not None]
+
+
+def figures(answered: list[Answered]) -> dict[str, tuple[int, int]]:
+    """Right answers and questions of every group, and the share that ended by itself."""
+    table: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for item in answered:
+        right, total = table[item.question.group]
+        table[item.question.group] = (right + item.right, total + 1)
+    result = dict(sorted(table.items()))
+    result["ends with EOS"] = (sum(item.ended for item in answered), len(answered))
+    return result
+
+
+def goal_of(group: str) -> float | None:
+    """The goal for ``group``, if it has one."""
+    return next((goal for name, goal in GOALS.items() if group.startswith(name)), None)
+
+
+def table_lines(table: dict[str, tuple[int, int]]) -> list[str]:
+    """The figures as a Markdown table."""
+    lines = ["| held-out group | right | of | share | goal |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, (right, total) in table.items():
+        goal = goal_of(name)
+        lines.append(f"| {name} | {right} | {total} | {right / total:.1%} | {f'{goal:.0%}' if goal else '–'} |")
+    return lines
+
+
+def write_report(path: Path, folder: Path, lines: list[str], answered: list[Answered]) -> None:
+    """Replaces what stands between the two marks of ``path`` by the figures and the failures."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    parts = [
+        BEGIN,
+        "",
+        f"{training['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all; "
+        f"{training['steps']} steps, "
+        f"{training['tokens'] / 1e6:.1f} million tokens, {training['minutes']:.0f} minutes on {training['device']}, "
+        f"final loss {training['loss']:.3f}.",
+        "",
+        *lines,
+        "",
+        "Wrong answers:",
+        "",
+        "| group | question | answer |",
+        "| --- | --- | --- |",
+    ]
+    for item in answered:
+        if not item.right:
+            answer = item.answer if item.ended else item.answer[:80] + "… (no end)"
+            cells = (item.question.group, item.question.shown, answer)
+            parts.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    text = path.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    path.write_text(head + "\n".join([*parts, "", END]) + tail, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Trains the demo model that is shipped in ``nanovllm/assets/demo``.
+
+    python scripts/train_demo_model.py
+
+writes checkpoints, a log and a loss plot to ``build/demo`` and, at the end, the model to ``build/demo/model``. Run it
+again after an interruption and it goes on where it stopped. Look at the result with ``scripts/eval_demo_model.py``,
+then ship it with ``--install``. The text is generated from ``scripts/demo_data``; the same seed gives the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from demo_data.chat import END_OF_TEXT, END_OF_TURN
+from demo_data.corpus import Corpus
+from demo_data.model import Qwen3, Shape
+from demo_data.tokenizer import save_tokenizer, train_tokenizer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "nanovllm" / "assets" / "demo"
+CHUNK = 2048  # examples drawn, sorted by length and batched together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of similar length, padded on the right, where causal attention never looks."""
+
+    ids: Tensor  # [texts, length] int64
+    at: Tensor  # [targets] flat positions whose next token counts
+    targets: Tensor  # [targets] the next tokens
+    weights: Tensor  # [targets] float32
+
+
+def main() -> None:
+    """Parses the command line, trains and exports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "demo", help="working folder (default: build/demo)"
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default: 3000)")
+    parser.add_argument("--step-tokens", type=int, default=5120, help="tokens per step, padding included")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument(
+        "--decay", type=float, default=0.4, help="last part of the steps in which the rate falls to zero"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="use this tokenizer.json instead of training one")
+    parser.add_argument("--start-from", type=Path, default=None, help="begin with the weights of this model folder")
+    parser.add_argument("--small", action="store_true", help="the small sibling, for speculative decoding")
+    parser.add_argument("--install", action="store_true", help="copy the finished model into the package and end")
+    args = parser.parse_args()
+    if args.install:
+        install(args.out / "model", ASSETS)
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus()
+    tokenizer = load_tokenizer(args.out, corpus, args.seed, args.tokenizer)
+    shape = SMALL if args.small else Shape()
+    model, log = train(args, shape, corpus, tokenizer)
+    export(model, shape, tokenizer, args, log, args.out / "model")
+    print(f"The model is in {args.out / 'model'}; `--install` ships it.")
+
+
+SMALL = Shape(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+
+
+def load_tokenizer(out: Path, corpus: Corpus, seed: int, given: Path | None) -> Tokenizer:
+    """The tokenizer of the working folder, trained on first use."""
+    path = given or out / "tokenizer.json"
+    if not path.exists():
+        rng = Random(f"{seed}/tokenizer")
+        examples = [corpus.draw(rng) for _ in range(30000)]
+        tokenizer = train_tokenizer((e.prompt + e.answer for e in examples), Shape().vocab_size)
+        tokenizer.save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def batches(corpus: Corpus, tokenizer: Tokenizer, seed: int, chunk: int, size: int) -> Iterator[tuple[int, Batch]]:
+    """Endless batches of at most ``size`` tokens from ``chunk`` on, each with the number of its chunk."""
+    while True:
+        rng = Random(f"{seed}/{chunk}")
+        examples = [corpus.draw(rng) for _ in range(CHUNK)]
+        prompts = [e.ids for e in tokenizer.encode_batch([e.prompt for e in examples], add_special_tokens=False)]
+        answers = [e.ids for e in tokenizer.encode_batch([e.answer for e in examples], add_special_tokens=False)]
+        order = sorted(range(CHUNK), key=lambda i: len(prompts[i]) + len(answers[i]))
+        groups: list[list[int]] = [[]]
+        for i in order:
+            length = len(prompts[i]) + len(answers[i])
+            if groups[-1] and (len(groups[-1]) + 1) * length > size:
+                groups.append([])
+            groups[-1].append(i)
+        rng.shuffle(groups)
+        for group in groups:
+            # What the prompt says is worth a little: it teaches the words. Function schemas are random and teach none.
+            rows = [(prompts[i], answers[i], 0.0 if examples[i].kind == "tool" else 0.1) for i in group]
+            yield chunk, make_batch(rows)
+        chunk += 1
+
+
+def make_batch(rows: list[tuple[list[int], list[int], float]]) -> Batch:
+    """A batch of (prompt, answer, weight of the prompt's tokens)."""
+    length = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    weights = torch.zeros(len(rows), length)
+    for row, (prompt, answer, prompt_weight) in enumerate(rows):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        weights[row, : len(prompt) - 1] = prompt_weight
+        weights[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = 1.0
+    at = weights.flatten().nonzero().squeeze(1)
+    return Batch(ids, at, ids.flatten()[at + 1], weights.flatten()[at])
+
+
+def train(
+    args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tokenizer
+) -> tuple[Qwen3, list[dict[str, Any]]]:
+    """Trains from the last checkpoint, or from the start. Returns the model and the log."""
+    torch.manual_seed(args.seed)
+    model = Qwen3(shape).to(args.device)
+    if args.start_from:
+        from safetensors.torch import load_file
+
+        model.load_state_dict({k: v.float() for k, v in load_file(args.start_from / "model.safetensors").items()})
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    step, chunk, log = 0, 0, []
+    path = args.out / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, map_location=args.device, weights_only=False)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, chunk, log = state["step"], state["chunk"], state["log"]
+    stream = batches(corpus, tokenizer, args.seed, chunk, args.step_tokens // 2)
+    progress = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
+    started, loss_sum, tokens = time.time(), 0.0, 0
+    while step < args.steps:
+        rate = args.learning_rate * schedule(step, args.steps, args.decay)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        # Two batches a step, because the texts of one have one length and often one subject.
+        pair = [next(stream), next(stream)]
+        chunk = pair[-1][0]
+        total = sum(float(batch.weights.sum()) for _, batch in pair)
+        for _, batch in pair:
+            loss = batch_loss(model, batch, args.device) / total
+            loss.backward()
+            loss_sum += loss.item()
+            tokens += batch.ids.numel()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        step += 1
+        progress.update()
+        if step % 20 == 0:
+            entry = {
+                "step": step,
+                "loss": round(loss_sum / 20, 4),
+                "tokens": tokens,
+                "seconds": round(time.time() - started, 1),
+            }
+            progress.set_postfix(loss=f"{entry['loss']:.3f}", rate=f"{rate:.1e}")
+            log.append(entry)
+            started, loss_sum, tokens = time.time(), 0.0, 0
+        if step % args.checkpoint_every == 0 or step == args.steps:
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            state |= {"step": step, "chunk": chunk + 1, "log": log}
+            torch.save(state, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            (args.out / "log.json").write_text(json.dumps(log))
+            plot(log, args.out / "loss.png")
+    progress.close()
+    return model, log
+
+
+def batch_loss(model: Qwen3, batch: Batch, device: str) -> Tensor:
+    """The weighted sum of the cross entropies."""
+    with torch.autocast(device.split(":")[0], dtype=torch.bfloat16):
+        logits = model(batch.ids.to(device), batch.at.to(device))
+    losses = F.cross_entropy(logits.float(), batch.targets.to(device), reduction="none")
+    return (losses * batch.weights.to(device)).sum()
+
+
+def schedule(step: int, steps: int, decay: float) -> float:
+    """Warm up, hold, and fall to zero over the last ``decay`` part."""
+    warm = min(100, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    start = steps * (1 - decay)
+    return 1.0 if step < start else max(0.02, (1 + math.cos(math.pi * (step - start) / (steps - start))) / 2)
+
+
+def plot(log: list[dict[str, Any]], path: Path) -> None:
+    """The loss over the steps as a picture, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot([entry["step"] for entry in log], [entry["loss"] for entry in log])
+    axes.set(xlabel="step", ylabel="loss (nats per weighted token)", yscale="log", title="Training of the demo model")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def data_hash() -> str:
+    """The hash of everything the text is generated from."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "scripts" / "demo_data").glob("*.*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def export(
+    model: Qwen3, shape: Shape, tokenizer: Tokenizer, args: argparse.Namespace, log: list[dict[str, Any]], folder: Path
+) -> None:
+    """Writes the checkpoint folder that engines load: weights in bfloat16, configuration, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)]
+    weights = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tokenizer(tokenizer, folder, shape.max_position_embeddings)
+    files = {
+        "config.json": shape.config(ends[1], ends[0]),
+        "generation_config.json": {
+            "bos_token_id": ends[1],
+            "eos_token_id": ends,
+            "pad_token_id": ends[1],
+            "do_sample": True,
+            "temperature": 0.3,
+            "top_p": 0.9,
+            "top_k": 20,
+            "max_new_tokens": 256,
+        },
+        "training.json": {
+            "seed": args.seed,
+            "steps": args.steps,
+            "tokens": sum(entry["tokens"] for entry in log),
+            "minutes": round(sum(entry["seconds"] for entry in log) / 60, 1),
+            "loss": log[-1]["loss"] if log else None,
+            "parameters": sum(value.numel() for value in weights.values()),
+            "device": args.device,
+            "torch": torch.__version__,
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+            "data_sha256": data_hash(),
+            "command": "python scripts/train_demo_model.py " + " ".join(sys.argv[1:]),
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def install(source: Path, target: Path) -> None:
+    """Ships the finished model."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        shutil.copy(path, target / path.name)
+    print(f"{sum(path.stat().st_size for path in target.iterdir()) / 1e6:.2f} MB in {target}")
+
+
+if __name__ == "__main__":
+    main()

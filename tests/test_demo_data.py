@@ -1,0 +1,281 @@
+"""The text the demo model learns from, and the files that are shipped."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from demo_data import arithmetic, chat, corpus, knowledge, phrases, questions, tools  # noqa: E402
+
+ASSETS = ROOT / "nanovllm" / "assets" / "demo"
+
+
+def normal(text: str) -> str:
+    """``text`` without case, spaces and marks."""
+    return re.sub(r"\W", "", text.lower())
+
+
+def test_every_answer_holds_its_key_phrases_and_no_unfilled_fact() -> None:
+    for topic in knowledge.load_topics():
+        for side in (topic.en, topic.zh):
+            assert knowledge.holds(side.answer, side.keys)
+            assert not re.search(r"\{\w+\}", side.answer + side.more), topic.key
+
+
+def test_key_phrases_tell_topics_apart() -> None:
+    """A wrong answer must not pass the check of another topic's question too often: shared keys are the exception."""
+    topics = knowledge.load_topics()
+    for language in ("en", "zh"):
+        confused = [
+            (a.key, b.key)
+            for a in topics
+            for b in topics
+            if a is not b and knowledge.holds(b.side(language).answer, a.side(language).keys)
+        ]
+        assert len(confused) <= len(topics) // 12, confused
+
+
+def test_a_changed_fact_changes_the_answer() -> None:
+    facts = knowledge.load_facts()
+    topics = {topic.key: topic for topic in knowledge.load_topics(facts | {"block_size": "32"})}
+    assert "32 tokens" in topics["block-size"].en.answer
+    assert "32 tokens" in topics["block-size"].en.keys[0]
+
+
+def test_facts_agree_with_the_defaults_of_the_engine() -> None:
+    sampling = pytest.importorskip("nanovllm.sampling_params")
+    facts, params = knowledge.load_facts(), sampling.SamplingParams()
+    for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "n"):
+        assert facts[name] == str(getattr(params, name)), name
+
+
+def test_facts_agree_with_the_package() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    facts = knowledge.load_facts()
+    assert f'name = "{facts["package"]}"' in project
+    assert f'license = "{facts["licence"]}"' in project
+    assert f'requires-python = ">={facts["python"]}"' in project
+    assert f'"torch>={facts["torch"]}"' in project
+    assert (ROOT / facts["module"] / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x | concept\na: some\nk: none\nza: 一\nzk: 一", "lacks its key phrase"),
+        ("x | thing\na: some\nk: some\nza: 一\nzk: 一", "unknown kind"),
+        ("x | free\na: some\nk: some\nza: 一\nzk: 一\nqq: what", "unknown fields"),
+        ("x | free\na: some\na: some\nk: some\nza: 一\nzk: 一", "given twice"),
+    ],
+)
+def test_a_faulty_topic_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        knowledge._parse(text, {})
+
+
+def test_the_same_seed_gives_the_same_examples() -> None:
+    first, second = corpus.Corpus(), corpus.Corpus()
+    draws = [[c.draw(rng) for _ in range(300)] for c, rng in ((first, Random("1/7")), (second, Random("1/7")))]
+    assert draws[0] == draws[1]
+    other = Random("1/8")
+    assert [first.draw(other) for _ in range(300)] != draws[0]
+
+
+def test_every_example_ends_with_one_end_token() -> None:
+    source, rng = corpus.Corpus(), Random(3)
+    kinds = set()
+    for _ in range(3000):
+        example = source.draw(rng)
+        kinds.add(example.kind)
+        end = chat.END_OF_TEXT if example.kind in ("raw", "text") else chat.END_OF_TURN
+        assert example.answer.endswith(end)
+        assert example.answer.count("<|") == 1
+        assert example.prompt
+    assert kinds == set(corpus.SHARES)
+
+
+def test_training_never_asks_a_held_out_question() -> None:
+    topics = knowledge.load_topics()
+    for language in ("en", "zh"):
+        held = {normal(text) for topic in topics for text in topic.side(language).test_questions}
+        trained = {normal(text) for topic in topics for text in topic.side(language).questions}
+        for topic in topics:
+            for name in topic.side(language).names:
+                trained |= {normal(text.format(x=name)) for text in phrases.phrases(language, topic.kind)}
+        assert not held & trained
+        for kind in (*knowledge.KINDS, "more", "sum"):
+            kept, seen = phrases.phrases(language, f"test {kind}"), phrases.phrases(language, kind)
+            assert not {normal(text) for text in kept} & {normal(text) for text in seen}
+
+
+def test_drawn_questions_are_not_held_out_ones() -> None:
+    source, rng = corpus.Corpus(), Random(11)
+    held = {normal(text) for topic in source.topics for side in (topic.en, topic.zh) for text in side.test_questions}
+    asked = [normal(source.question(rng.choice(source.topics), rng.choice(("en", "zh")), rng)) for _ in range(20000)]
+    assert sum(text in held for text in asked) < 20  # a slip of the pen may turn one question into another
+
+
+def test_sums_are_right_and_held_out_ones_stay_out() -> None:
+    rng = Random(0)
+    for _ in range(2000):
+        item = arithmetic.draw_sum(rng)
+        assert not item.held_out
+        left, _, right = item.answer("en").rstrip(".").partition(" = ")
+        assert eval(left.replace("×", "*")) == int(right)
+        assert item.thought().rstrip(".").endswith(str(item.value))
+    assert all(arithmetic.draw_sum(rng, held_out=True).held_out for _ in range(50))
+
+
+def test_tool_cases_are_consistent() -> None:
+    rng = Random(2)
+    for number in range(600):
+        case = tools.draw_case(rng, ("en", "zh")[number % 2], ("", "phrases", "functions")[number % 3])
+        offered = {tool["function"]["name"]: tool["function"] for tool in case.tools}
+        assert len(offered) == len(case.tools)
+        assert list(offered[case.name]["parameters"]["properties"]) == list(case.arguments)
+        for value in case.arguments.values():
+            assert str(value) in case.request
+        assert questions.parse_call(tools.call_text(case.name, case.arguments)) == {
+            "name": case.name,
+            "arguments": case.arguments,
+        }
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<tool_call>\n{}\n</tool_call>", '<tool_call>\n{"name": "f"\n</tool_call>', "Hello"]
+)
+def test_a_faulty_call_is_not_taken_for_one(text: str) -> None:
+    assert questions.parse_call(text) is None
+
+
+def test_evaluation_accepts_the_right_answer_and_no_other() -> None:
+    asked = questions.questions(quick=True)
+    groups = {question.group for question in questions.questions()}
+    assert {"questions en", "questions zh", "tools en", "sums, two digits", "thinking", "unknown things"} <= groups
+    assert len(asked) > 150
+    assert not any(question.right("") for question in asked)
+    assert not any(question.right("I am a fish.") for question in asked)
+
+
+def test_chat_template_thinks_only_when_asked() -> None:
+    user = [{"role": "user", "content": "hello"}]
+    assert chat.render(user).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert chat.render(user, think=True).endswith("<|im_start|>assistant\n")
+    assert chat.render([{"role": "user", "content": "hello /think"}]).endswith("<|im_start|>assistant\n")
+    assert chat.render([{"role": "user", "content": "hello /think"}], think=False).endswith("</think>\n\n")
+
+
+def test_chat_template_drops_old_thoughts_and_joins_tool_answers() -> None:
+    call = {"function": {"name": "f", "arguments": {"x": "é"}}}
+    text = chat.render(
+        [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}]},
+            {"role": "assistant", "content": "<think>\nold\n</think>\n\nfine"},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": None, "reasoning_content": "new", "tool_calls": [call, call]},
+            {"role": "tool", "content": "1"},
+            {"role": "tool", "content": "2"},
+        ]
+    )
+    assert text == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\none two<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>\n"
+        "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n<think>\nnew\n</think>\n\n"
+        '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+
+
+def test_batches_pad_on_the_right_and_weigh_the_answer() -> None:
+    train = pytest.importorskip("train_demo_model")
+    batch = train.make_batch([([5, 6, 7], [8, 9], 0.1), ([5], [6], 0.0)])
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
+    assert batch.at.tolist() == [0, 1, 2, 3, 5]
+    assert batch.targets.tolist() == [6, 7, 8, 9, 6]
+    assert batch.weights.tolist() == pytest.approx([0.1, 0.1, 1, 1, 1])
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of ten and twenty steps share their first ten: the checkpoint holds all that matters."""
+    train = pytest.importorskip("train_demo_model")
+    monkeypatch.setattr(train, "CHUNK", 40)
+    monkeypatch.setattr(train, "SMALL", replace(train.SMALL, hidden_size=16, intermediate_size=16, head_dim=8))
+    monkeypatch.setattr(train, "plot", lambda log, path: None)
+    folder = tmp_path / "out"
+    options = [
+        "train",
+        "--out",
+        str(folder),
+        "--small",
+        "--step-tokens",
+        "800",
+        "--threads",
+        "1",
+        "--checkpoint-every",
+        "20",
+    ]
+    options += ["--tokenizer", str(ASSETS / "tokenizer.json")]
+    for steps in ("20", "40"):
+        monkeypatch.setattr(sys, "argv", [*options, "--steps", steps])
+        train.main()
+    log = json.loads((folder / "log.json").read_text())
+    assert [entry["step"] for entry in log] == [20, 40]
+    assert log[1]["loss"] < log[0]["loss"]
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def test_shipped_files_are_complete_and_small() -> None:
+    names = {path.name for path in ASSETS.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "training.json"}
+    assert names >= {"tokenizer.json", "tokenizer_config.json"}
+    assert sum(path.stat().st_size for path in ASSETS.iterdir() if path.is_file()) <= 12_000_000
+    training = json.loads((ASSETS / "training.json").read_text())
+    assert all(re.fullmatch(r"[0-9a-f]{64}", training[name]) for name in ("script_sha256", "data_sha256"))
+    assert isinstance(training["seed"], int)
+
+
+def test_shipped_tokenizer_agrees_with_transformers_and_keeps_any_text() -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    slow = transformers.AutoTokenizer.from_pretrained(ASSETS)
+    text = "What is paged attention? 12 + 30 什么是分页注意力？ naïve 👩‍👩‍👧 \t\n  x <think>\n"
+    ids = fast.encode(text, add_special_tokens=False).ids
+    assert ids == slow(text, add_special_tokens=False)["input_ids"]
+    assert fast.decode(ids, skip_special_tokens=False) == text
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"):
+        assert len(fast.encode(token).ids) == 1
+    tool = tools.draw_case(Random(0), "zh").tools
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "你好 <b>"}]
+    ours = chat.render(messages, tool, think=True)
+    theirs = slow.apply_chat_template(messages, tool, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert ours == theirs
+
+
+def test_shipped_model_answers_and_ends() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
+    for prompt in (
+        "What is paged attention?",
+        chat.render([{"role": "user", "content": "What is paged attention?"}]),
+        chat.render([{"role": "user", "content": "什么是分页注意力？"}]),
+    ):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**ids, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=128)
+        text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert out[0, -1] in model.generation_config.eos_token_id
+        assert "fixed-size blocks" in text or "固定大小的块" in text
