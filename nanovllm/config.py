@@ -60,7 +60,6 @@ class ModelConfig:
     generation_defaults: dict[str, Any]
     max_logprobs: int
     logprobs_mode: str
-    max_model_len_given: bool = True  # False: taken from the checkpoint, so shortening it needs one notice only
 
 
 @dataclass(frozen=True)
@@ -188,15 +187,14 @@ class EngineArgs:
             weights=self.load_format != "dummy",
         )
         hf_config, architecture = read_hf_config(path, self.hf_overrides)
-        scheduler_len, given = self._max_model_len(hf_config)
+        max_model_len = self._max_model_len(hf_config)
         model = ModelConfig(
             model=str(self.model),
             path=path,
             hf_config=hf_config,
             architecture=architecture,
             dtype=platform.resolve_dtype(_dtype_name(self.dtype), checkpoint_dtype(hf_config)),
-            max_model_len=scheduler_len,
-            max_model_len_given=given,
+            max_model_len=max_model_len,
             vocab_size=_positive(hf_config, "vocab_size", path),
             load_format="safetensors" if self.load_format == "auto" else self.load_format,
             seed=self.seed or 0,
@@ -219,7 +217,7 @@ class EngineArgs:
                 enable_prefix_caching=self.enable_prefix_caching is not False,
                 dtype=self.kv_cache_dtype,
             ),
-            scheduler=self._scheduler(scheduler_len, platform.overlap),
+            scheduler=self._scheduler(max_model_len, platform.overlap),
             device=platform.device,
             attention_backend=self.attention_backend,
             seed=self.seed or 0,
@@ -271,12 +269,12 @@ class EngineArgs:
             weights=False,
         )
 
-    def _max_model_len(self, hf_config: dict[str, Any]) -> tuple[int, bool]:
-        """The context in tokens, and whether the user asked for it."""
+    def _max_model_len(self, hf_config: dict[str, Any]) -> int:
+        """The context in tokens."""
         derived = derived_context(hf_config)
         asked = self.max_model_len
         if asked in (None, "auto", -1):
-            return derived, False
+            return default_context(hf_config)
         if not isinstance(asked, int) or asked < 1:
             raise ParameterError("max_model_len must be a positive integer, 'auto' or -1", "max_model_len", asked)
         if asked > derived and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
@@ -286,7 +284,7 @@ class EngineArgs:
                 "max_model_len",
                 asked,
             )
-        return asked, True
+        return asked
 
     def _generation(self, path: Path, hf_config: dict[str, Any]) -> dict[str, Any]:
         """EOS ids, and the sampling defaults a checkpoint brings along (generation_config.json)."""
@@ -396,12 +394,30 @@ def derived_context(hf_config: dict[str, Any]) -> int:
             break
     else:
         return 2048
-    scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind in ("linear", "dynamic", "yarn") and scaling.get("factor"):
+    scaling = _rope_scaling(hf_config)
+    if _rope_kind(scaling) in ("linear", "dynamic", "yarn") and scaling.get("factor"):
         original = scaling.get("original_max_position_embeddings")
-        return int((original or length) * float(scaling["factor"]))
+        return max(int((original or length) * float(scaling["factor"])), length)
     return length
+
+
+def default_context(hf_config: dict[str, Any]) -> int:
+    """The context taken if none is asked for, in tokens.
+
+    That is the longest, but for dynamic RoPE the trained one: there a longer context changes every short text too.
+    """
+    if _rope_kind(_rope_scaling(hf_config)) == "dynamic" and hf_config.get("max_position_embeddings"):
+        return int(hf_config["max_position_embeddings"])
+    return derived_context(hf_config)
+
+
+def _rope_scaling(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE parameters, of a configuration of either generation."""
+    return hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+
+
+def _rope_kind(scaling: dict[str, Any]) -> str:
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
@@ -105,7 +106,7 @@ class AsyncLLM:
                 try:
                     self.core.add(family[0], priority, family[1:])
                 except Exception as error:
-                    self._post(lambda error=error: stream.put_nowait(error))
+                    self._post(partial(stream.put_nowait, error))
 
             self._command(add)
             finished = False
@@ -127,7 +128,7 @@ class AsyncLLM:
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
             final, children = self.output.abort(name)
             if children:
-                self._command(lambda children=children: self.core.finish(children, "abort"))
+                self._command(partial(self.core.finish, children, "abort"))
             if final is not None and name in self._streams:
                 self._streams[name].put_nowait(final)
 
@@ -184,7 +185,7 @@ class AsyncLLM:
         """On the event loop: make text of tokens, and tell the core which requests a stop string has ended."""
         request_outputs, stopped = self.output.process(outputs)
         if stopped:
-            self._command(lambda: self.core.finish(stopped, "stop"))
+            self._command(partial(self.core.finish, stopped, "stop"))
         for output in request_outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -192,7 +193,7 @@ class AsyncLLM:
 
     def _end_streams(self, error: BaseException) -> None:
         for stream in list(self._streams.values()):
-            self._post(lambda stream=stream: stream.put_nowait(error))
+            self._post(partial(stream.put_nowait, error))
 
     # -- for the core thread -------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ class AsyncLLM:
                     logger.exception("A step failed; its requests end with an error, the others go on.")
                     continue
                 if outputs:
-                    self._post(lambda outputs=outputs: self._deliver(outputs))
+                    self._post(partial(self._deliver, outputs))
         except BaseException as error:
             logger.exception("The engine has stopped.")
             self.dead_error = error
