@@ -156,7 +156,9 @@ def main() -> None:
     steps = [decode_step(*case, kind, options.steps, options.model) for case in cases for kind in KINDS]
     print_table([name.removesuffix("_ms") for name in steps[0]], [list(step.values()) for step in steps])
     print("milliseconds: medians, and the 99th percentile of a step\n")
-    lives = [whole_life(count, min(most, 256), kind, options.model) for count in (256, options.waiting) for kind in KINDS]
+    lives = [
+        whole_life(count, min(most, 256), kind, options.model) for count in (256, options.waiting) for kind in KINDS
+    ]
     print_table(list(lives[0]), [list(life.values()) for life in lives])
     print("microseconds per request of 64 prompt and 16 output tokens\n")
     assert "torch" not in sys.modules, "the host side must not need torch"

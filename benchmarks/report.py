@@ -28,7 +28,9 @@ def write_results(path: Path, **results: Any) -> None:
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print right-aligned columns; floats with three significant digits."""
-    cells = [list(head)] + [[f"{v:,.3g}" if isinstance(v, float) and v < 100 else _plain(v) for v in row] for row in rows]
+    cells = [list(head)] + [
+        [f"{v:,.3g}" if isinstance(v, float) and v < 100 else _plain(v) for v in row] for row in rows
+    ]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -101,6 +101,21 @@ def collect() -> dict[str, Any]:
     return {name: _attempt(section) for name, section in sections.items()}
 
 
+def summary() -> dict[str, Any]:
+    """A few lines on the machine and the libraries, to stand beside a measurement."""
+    cpu = _cpu()
+    return {
+        "cpu": cpu["model"],
+        "logical_cpus": len(cpu["CPUs of this process"] or range(cpu["logical CPUs"])),
+        "instruction_sets": cpu["instruction sets"],
+        "memory": _memory()["total"],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "nanovllm": __version__,
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+    }
+
+
 def _attempt(section: Callable[[], Any]) -> Any:
     try:
         return section()

@@ -110,7 +110,9 @@ def add_engine_flags(parser: argparse.ArgumentParser, without: Container[str] = 
 def engine_args(arguments: argparse.Namespace, without: Container[str] = ()) -> dict[str, Any]:
     """What the user gave of the options of `add_engine_flags`, as keyword arguments of `EngineArgs.from_kwargs`."""
     names = [field.name for field in dataclasses.fields(EngineArgs)] + list(RETIRED)
-    return {name: value for name in names if name not in without and (value := getattr(arguments, name, None)) is not None}
+    return {
+        name: value for name in names if name not in without and (value := getattr(arguments, name, None)) is not None
+    }
 
 
 def add_field_flags(group: Any, cls: type, helps: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> None:

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_field_flags, engine_args
+from nanovllm.entrypoints.cli.loading import load_llm
 from nanovllm.entrypoints.cli.parser import json_object
 from nanovllm.entrypoints.cli.prompts import read_prompts
 from nanovllm.errors import ParameterError
@@ -55,13 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in SAMPLING_HELP if hasattr(arguments, name)}
     SamplingParams(**given)  # refuses nonsense before a model is loaded
     prompts = read_prompts(arguments.prompt, arguments.file)
-
-    from nanovllm.entrypoints.llm import LLM
-    from nanovllm.entrypoints.log import setup_logging
-
-    setup_logging("INFO" if arguments.verbose else "WARNING")
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    with LLM(**engine_args(arguments, without=("seed",))) as llm:
+    with load_llm(engine_args(arguments, without=("seed",)), arguments.verbose) as llm:
         params = _params(llm, given)
         requests = [_request(llm, arguments, prompt) for prompt in prompts]
         if len(requests) == 1 and params.n == 1 and not arguments.json:
@@ -74,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
     """The model's defaults under what the user gave."""
     params = llm.get_default_sampling_params()
-    if "max_tokens" not in llm.llm_engine.model_config.generation_defaults:
-        params.max_tokens = DEFAULT_MAX_TOKENS
+    model = llm.llm_engine.model_config
+    if "max_tokens" not in model.generation_defaults:
+        params.max_tokens = min(DEFAULT_MAX_TOKENS, model.max_model_len)
     for name, value in given.items():
         setattr(params, name, value)
     params.validate()
@@ -113,6 +109,8 @@ def _batch(llm: LLM, prompts: list[str], requests: list[Any], params: SamplingPa
         try:
             llm.enqueue(request, params)
         except ParameterError as error:
+            if len(requests) == 1:
+                raise
             raise ParameterError(f"prompt {number} of {len(requests)}: {error}") from error
     outputs = llm.wait_for_completion(use_tqdm=sys.stderr.isatty() and len(requests) > 1)
     for prompt, output in zip(prompts, outputs, strict=True):

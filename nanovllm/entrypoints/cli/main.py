@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for an error the user can mend, 130 after Ctrl-C, 141 if the reader of a pipe went away.
         Faults of the engine itself are raised.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # a model's text has no other
     try:
         try:
             code = _run(list(sys.argv[1:] if argv is None else argv))
