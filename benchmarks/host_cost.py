@@ -1,7 +1,7 @@
 """Host cost of an engine step: planning, bookkeeping and making outputs, with an executor that computes nothing.
 
-No torch is loaded. The engine is the real one, the tokenizer that of the model in the box. What is measured is a step in
-which every running request decodes one token, after warming up; then the whole life of short requests, from
+No torch is loaded. The engine is the real one, the tokenizer that of the model in the box. What is measured is a step
+in which every running request decodes one token, after warming up; then the whole life of short requests, from
 `add_request` to the final output, with few and with many of them waiting.
 
     python benchmarks/host_cost.py
@@ -156,9 +156,8 @@ def main() -> None:
     steps = [decode_step(*case, kind, options.steps, options.model) for case in cases for kind in KINDS]
     print_table([name.removesuffix("_ms") for name in steps[0]], [list(step.values()) for step in steps])
     print("milliseconds: medians, and the 99th percentile of a step\n")
-    lives = [
-        whole_life(count, min(most, 256), kind, options.model) for count in (256, options.waiting) for kind in KINDS
-    ]
+    few = min(most, 256)
+    lives = [whole_life(count, few, kind, options.model) for count in (few, options.waiting) for kind in KINDS]
     print_table(list(lives[0]), [list(life.values()) for life in lives])
     print("microseconds per request of 64 prompt and 16 output tokens\n")
     assert "torch" not in sys.modules, "the host side must not need torch"

@@ -28,13 +28,13 @@ def write_results(path: Path, **results: Any) -> None:
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print right-aligned columns; floats with three significant digits."""
-    cells = [list(head)] + [
-        [f"{v:,.3g}" if isinstance(v, float) and v < 100 else _plain(v) for v in row] for row in rows
-    ]
+    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def _plain(value: Any) -> str:
+def _cell(value: Any) -> str:
+    if isinstance(value, float) and abs(value) < 100:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)

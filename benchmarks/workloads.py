@@ -93,8 +93,8 @@ def parameters(shape: dict[str, Any]) -> tuple[int, int]:
 def limits(shape: dict[str, Any], scale: float, bandwidth: float, flops: float) -> dict[str, float]:
     """The most tokens per second that memory and arithmetic allow, by workload.
 
-    ``bs1`` reads every weight once per token. The other two are bound by arithmetic: two operations per weight and token
-    (the head only where a token is sampled), and four per head dimension and pair of tokens in causal attention.
+    ``bs1`` reads every weight once per token. The other two are bound by arithmetic: two operations per weight and
+    token (the head only where a token is sampled), four per head dimension and pair of tokens in causal attention.
 
     Args:
         bandwidth: bytes per second of reading memory.

@@ -28,13 +28,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def run(*arguments: str | Path, stdin: str | bytes = b"", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=data,
-        capture_output=True,
-        env={**ENVIRONMENT, **environment},
-        check=False,
-    )
+    command, variables = [*COMMAND, *map(str, arguments)], {**ENVIRONMENT, **environment}
+    done = subprocess.run(command, input=data, capture_output=True, env=variables, check=False)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -221,10 +216,9 @@ def test_sampling_defaults_are_the_models(model: Path, tmp_path: Path):
 
     assert num_tokens() == 7
     assert num_tokens("--max_tokens", "3") == 3
-    prompt = len(
-        Tokenizer.load(model).apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
-    )
-    assert num_tokens("--generation-config", "vllm", "--max-model-len", "0.1k") == 100 - prompt
+    messages = [{"role": "user", "content": "x"}]
+    prompt_len = len(Tokenizer.load(model).apply_chat_template(messages, add_generation_prompt=True))
+    assert num_tokens("--generation-config", "vllm", "--max-model-len", "0.1k") == 100 - prompt_len
 
 
 def test_one_bad_prompt_of_a_batch_is_named(generate: list[str]):

@@ -109,7 +109,7 @@ def test_values_are_not_changed_with_the_names():
 
 
 def test_an_unknown_option_is_not_guessed_but_suggested():
-    with pytest.raises(UsageError, match="there is no option --max-model-length; did you mean --max-model-len?"):
+    with pytest.raises(UsageError, match=r"there is no option --max-model-length; did you mean --max-model-len\?"):
         parse("--max-model-length", "5")
     with pytest.raises(UsageError, match="there is no option --enforce"):
         parse("--enforce")

@@ -30,7 +30,7 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "load_format": "auto, safetensors, or dummy for random weights",
         "trust_remote_code": "let transformers run code that comes with the checkpoint",
         "quantization": "must be left out: quantised checkpoints are not supported by this version",
-        "generation_config": "auto (the model's sampling defaults), vllm (none), or a folder with generation_config.json",
+        "generation_config": "auto (the model's sampling defaults), vllm (none), or a folder with that file",
         "override_generation_config": "JSON object laid over generation_config.json",
         "seed": "of every random draw of requests that bring no seed of their own",
         "max_logprobs": "most log-probabilities a request may ask for; -1: the whole vocabulary",
@@ -110,9 +110,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, without: Container[str] = 
 def engine_args(arguments: argparse.Namespace, without: Container[str] = ()) -> dict[str, Any]:
     """What the user gave of the options of `add_engine_flags`, as keyword arguments of `EngineArgs.from_kwargs`."""
     names = [field.name for field in dataclasses.fields(EngineArgs)] + list(RETIRED)
-    return {
-        name: value for name in names if name not in without and (value := getattr(arguments, name, None)) is not None
-    }
+    given = vars(arguments)
+    return {name: given[name] for name in names if name in given and name not in without}
 
 
 def add_field_flags(group: Any, cls: type, helps: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> None:

@@ -122,7 +122,7 @@ def _batch(llm: LLM, prompts: list[str], requests: list[Any], params: SamplingPa
 
 def _print_json(prompt: str, output: RequestOutput) -> None:
     for completion in output.outputs:
-        line = {
+        line: dict[str, Any] = {
             "prompt": prompt,
             "text": completion.text,
             "token_ids": list(completion.token_ids),
