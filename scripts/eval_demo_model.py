@@ -18,12 +18,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from demo_data.chat import END_OF_TEXT, END_OF_TURN
 from demo_data.questions import Question, questions
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 ASSETS = ROOT / "nanovllm" / "assets" / "demo"
 MAX_NEW_TOKENS = 256
 # The least share of right answers, by the beginning of a group's name.
@@ -56,10 +56,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None, help="write every answer to this file")
     parser.add_argument("--report", type=Path, default=None, help="put the figures into this Markdown file")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--transformers", action="store_true", help="compute with transformers instead of this engine")
     args = parser.parse_args()
     started = time.time()
-    answered = answer_all(args.model, questions(args.seed, args.quick), args.batch_size)
+    asked = questions(args.seed, args.quick)
+    answered = ask_transformers(args.model, asked) if args.transformers else ask_engine(args.model, asked)
     table = figures(answered)
     lines = table_lines(table)
     print("\n".join(lines))
@@ -88,34 +89,38 @@ def main() -> None:
         sys.exit(f"below the goal: {', '.join(missed)}")
 
 
-def answer_all(folder: Path, asked: list[Question], batch_size: int) -> list[Answered]:
-    """Greedy answers of the model in ``folder``, computed with transformers, in the order of ``asked``."""
+def ask_engine(folder: Path, asked: list[Question]) -> list[Answered]:
+    """Greedy answers of the model in ``folder``, computed with this engine."""
+    from nanovllm import LLM, SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, skip_special_tokens=False)
+    with LLM(str(folder)) as llm:
+        outputs = llm.generate([question.prompt for question in asked], params)
+    ended = [output.outputs[0].finish_reason == "stop" for output in outputs]
+    texts = [output.outputs[0].text.removesuffix(END_OF_TURN).removesuffix(END_OF_TEXT) for output in outputs]
+    return [Answered(*row) for row in zip(asked, texts, ended, strict=True)]
+
+
+def ask_transformers(folder: Path, asked: list[Question]) -> list[Answered]:
+    """The same, computed with transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     ends = [tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     ids = [tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in asked]
     order = sorted(range(len(asked)), key=lambda i: len(ids[i]))
-    answers: list[Answered | None] = [None] * len(asked)
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", dynamic_ncols=True):
-        group = order[start : start + batch_size]
+    answers: dict[int, Answered] = {}
+    for start in tqdm(range(0, len(order), 64), unit="batch", dynamic_ncols=True):
+        group = order[start : start + 64]
         batch = tokenizer.pad({"input_ids": [ids[i] for i in group]}, return_tensors="pt")
-        with torch.inference_mode():
-            out = model.generate(
-                **batch,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=MAX_NEW_TOKENS,
-                eos_token_id=ends,
-            )
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        out = model.generate(**batch, **greedy, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=ends)
         for i, row in zip(group, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             stops = [at for at, token in enumerate(row) if token in ends]
             text = tokenizer.decode(row[: stops[0]] if stops else row, skip_special_tokens=False)
             answers[i] = Answered(asked[i], text, bool(stops))
-    return [answer for answer in answers if answer is not None]
+    return [answers[i] for i in range(len(asked))]
 
 
 def figures(answered: list[Answered]) -> dict[str, tuple[int, int]]:

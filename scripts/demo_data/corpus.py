@@ -16,20 +16,22 @@ from .chat import END_OF_TEXT, END_OF_TURN, render
 from .knowledge import Topic, load_facts, load_topics
 from .lists import lines
 from .phrases import disturb, phrases, punctuate
-from .tools import call_text, draw_case, new_name
+from .tools import call_text, draw_case, draw_value, new_name
 
-# The share of each kind of example, in percent of about a hundred.
+# The share of each kind of example, in percent.
 SHARES = {
-    "question": 46,
-    "raw": 9,
+    "question": 39,
+    "raw": 7,
     "thought": 4,
-    "follow": 12,
-    "sum": 13,
-    "tool": 15,
-    "unknown": 4,
+    "follow": 10,
+    "sum": 11,
+    "drill": 3,
+    "tool": 12,
+    "echo": 5,
+    "unknown": 3,
     "name": 2,
     "capital": 2,
-    "text": 2,
+    "text": 1,
     "json": 1,
 }
 
@@ -159,7 +161,7 @@ class Corpus:
     def _follow(self, rng: Random, language: str) -> Example:
         """A conversation of two to four turns; the last question may lean on the turn before it."""
         messages: list[dict[str, Any]] = []
-        topic = self.any_topic(rng)
+        topic = self._no_topic
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             topic = self.any_topic(rng)
             if rng.random() < 0.12:
@@ -168,33 +170,31 @@ class Corpus:
             messages += [_user(self.question(topic, language, rng)), _assistant(topic.side(language).answer)]
         lean = rng.random()
         if lean < 0.35 and topic.side(language).more:
-            question, answer = disturb(rng.choice(phrases(language, "more")), language, rng), topic.side(language).more
+            question, answer = rng.choice(phrases(language, "more")), topic.side(language).more
         elif lean < 0.45:
-            question, answer = (
-                punctuate(rng.choice(phrases(language, "repeat")), language, rng),
-                topic.side(language).answer,
-            )
+            question, answer = rng.choice(phrases(language, "repeat")), topic.side(language).answer
         elif lean < 0.57:
-            other = "zh" if language == "en" else "en"
-            question, answer = (
-                punctuate(rng.choice(phrases(language, "other language")), language, rng),
-                topic.side(other).answer,
-            )
+            question = rng.choice(phrases(language, "other language"))
+            answer = topic.side("zh" if language == "en" else "en").answer
         elif lean < 0.65:
             first = draw_sum(rng)
             while not 0 <= first.value < 100:
                 first = draw_sum(rng)
-            sign = rng.choice("+-")
-            second = Sum(first.value, sign, rng.randint(0, 9))
+            second = Sum(first.value, rng.choice("+-"), rng.randint(0, 9))
             messages += [_user(ask_sum(first, language, rng)), _assistant(first.answer(language))]
-            words = {"+": "plus {b}|add {b}|and + {b}", "-": "minus {b}|subtract {b}|and - {b}"}
-            words_zh = {"+": "再加{b}|加上{b}|+{b}", "-": "再减{b}|减去{b}|-{b}"}
-            asks = (words if language == "en" else words_zh)[sign].split("|")
+            asks = phrases(language, "go on plus" if second.sign == "+" else "go on minus")
             question, answer = rng.choice(asks).format(b=second.b), second.answer(language)
+            return self._chat([*messages, _user(question)], answer, "follow", rng, language)
         else:
             topic = self.any_topic(rng)
-            question, answer = self.question(topic, language, rng), topic.side(language).answer
-        return self._chat([*messages, _user(question)], answer, "follow", rng, language)
+            return self._chat(
+                [*messages, _user(self.question(topic, language, rng))],
+                topic.side(language).answer,
+                "follow",
+                rng,
+                language,
+            )
+        return self._chat([*messages, _user(disturb(question, language, rng))], answer, "follow", rng, language)
 
     def _sum(self, rng: Random, language: str) -> Example:
         item = draw_sum(rng)
@@ -202,6 +202,23 @@ class Corpus:
         return self._chat(
             [_user(ask_sum(item, language, rng))], item.answer(language), "sum", rng, language, None, thought
         )
+
+    def _drill(self, rng: Random, language: str) -> Example:
+        """A page of sums: many to learn from in one short text."""
+        sums = [draw_sum(rng).answer("en").rstrip(".") for _ in range(16)]
+        return Example("Sums:\n", "\n".join(sums) + END_OF_TEXT, "drill")
+
+    def _echo(self, rng: Random, language: str) -> Example:
+        """A few words to be repeated: copying is what tools, names and sums build on."""
+        kind = rng.random()
+        if kind < 0.6:
+            words = " ".join(new_name(rng) for _ in range(rng.randint(1, 5)))
+        elif kind < 0.8:
+            words = " ".join(str(rng.randint(0, 999)) for _ in range(rng.randint(1, 5)))
+        else:
+            words = unknown.draw(language, rng)
+        ask = rng.choice(phrases(language, "echo")).replace("{x}", words)
+        return self._chat([_user(ask)], words, "echo", rng, language)
 
     def _tool(self, rng: Random, language: str) -> Example:
         case = draw_case(rng, language)
@@ -211,6 +228,8 @@ class Corpus:
             question, answer = self.question(topic, language, rng), topic.side(language).answer
             return self._chat([_user(question)], answer, "tool", rng, language, case.tools)
         request = case.request
+        if rng.random() < 0.2:
+            request = rng.choice(phrases(language, "polite")).replace("{x}", request)
         if rng.random() < 0.5:  # capitals and marks, but never of the values inside: they are copied letter by letter
             request = request[:1].upper() + request[1:] + rng.choice("?.?" if language == "en" else "？。？")
         messages: list[dict[str, Any]] = [_user(request)]
@@ -237,24 +256,15 @@ class Corpus:
         return self._chat([_user(question)], self._no_topic.side(language).answer, "unknown", rng, language)
 
     def _name(self, rng: Random, language: str) -> Example:
-        name = (
-            new_name(rng) if rng.random() < 0.6 else rng.choice(("Anna", "Tom", "Maria", "Wei", "小明", "王伟", "李娜"))
-        )
-        told = punctuate(rng.choice(phrases(language, "my name")), language, rng) if language == "zh" else ""
-        if language == "en":
-            told = rng.choice(phrases("en", "my name"))
-            told = (told[:1].upper() + told[1:] if rng.random() < 0.6 else told).format(x=name) + rng.choice(
-                ("", ".", "!")
-            )
-        else:
-            told = told.format(x=name)
-        greeting = f"Nice to meet you, {name}!" if language == "en" else f"很高兴认识你，{name}！"
-        if rng.random() < 0.35:
-            return self._chat([_user(told)], greeting, "name", rng, language)
+        name = new_name(rng) if rng.random() < 0.6 else draw_value("person", language, rng)
         ask = punctuate(rng.choice(phrases(language, "what name")), language, rng)
-        if rng.random() < 0.2:
+        if rng.random() < 0.12:
             answer = "You have not told me your name yet." if language == "en" else "你还没有告诉我你的名字。"
             return self._chat([_user(ask)], answer, "name", rng, language)
+        told = punctuate(rng.choice(phrases(language, "my name")), language, rng).rstrip("?？").replace("{x}", name)
+        greeting = f"Nice to meet you, {name}!" if language == "en" else f"很高兴认识你，{name}！"
+        if rng.random() < 0.4:
+            return self._chat([_user(told)], greeting, "name", rng, language)
         messages = [_user(told), _assistant(greeting)]
         if rng.random() < 0.4:
             topic = rng.choice(self._known)
@@ -264,28 +274,19 @@ class Corpus:
 
     def _capital(self, rng: Random, language: str) -> Example:
         country, city, country_zh, city_zh = rng.choice(self.capitals)
+        ask = rng.choice(phrases(language, "capital"))
         if language == "en":
-            ask = rng.choice(("what is the capital of {x}", "capital of {x}", "which city is the capital of {x}"))
-            question, answer = disturb(ask.format(x=country), "en", rng), f"The capital of {country} is {city}."
+            question, answer = ask.format(x=country), f"The capital of {country} is {city}."
         else:
-            ask = rng.choice(("{x}的首都是哪里", "{x}的首都", "{x}首都是什么", "哪个城市是{x}的首都"))
-            question, answer = disturb(ask.format(x=country_zh), "zh", rng), f"{country_zh}的首都是{city_zh}。"
-        return self._chat([_user(question)], answer, "capital", rng, language)
+            question, answer = ask.format(x=country_zh), f"{country_zh}的首都是{city_zh}。"
+        return self._chat([_user(disturb(question, language, rng))], answer, "capital", rng, language)
 
     def _json(self, rng: Random, language: str) -> Example:
-        name, age = new_name(rng) if rng.random() < 0.6 else rng.choice(("Anna", "Tom", "Maria")), rng.randint(1, 99)
-        if language == "en":
-            fact = rng.choice((f"{name} is {age} years old", f"{name} is {age}", f"this is {name}, aged {age}"))
-            asks = (
-                f"give name and age as JSON: {fact}",
-                f"extract name and age as JSON: {fact}",
-                f"{fact}. Write that as JSON",
-            )
-        else:
-            fact = rng.choice((f"{name} {age} 岁", f"{name}今年{age}岁"))
-            asks = (f"用 JSON 给出姓名和年龄：{fact}", f"{fact}，写成 JSON", f"提取姓名年龄为 JSON：{fact}")
+        name = new_name(rng) if rng.random() < 0.6 else draw_value("person", language, rng)
+        age = rng.randint(1, 99)
+        question = punctuate(rng.choice(phrases(language, "json")), language, rng).format(name=name, age=age)
         answer = json.dumps({"name": name, "age": age}, ensure_ascii=False)
-        return self._chat([_user(punctuate(rng.choice(asks), language, rng))], answer, "json", rng, language)
+        return self._chat([_user(question)], answer, "json", rng, language)
 
 
 def _user(text: str) -> dict[str, Any]:

@@ -26,17 +26,16 @@ def disturb(question: str, language: str, rng: Random) -> str:
             question = " ".join(words)
     if rng.random() < 0.06:
         question = _slip(question, rng)
+    if rng.random() < 0.01:
+        question = question.upper()
     return punctuate(question, language, rng)
 
 
 def punctuate(question: str, language: str, rng: Random) -> str:
     """``question`` with some choice of capitals and final punctuation."""
     if language == "en":
-        case = rng.random()
-        if case < 0.55:
+        if rng.random() < 0.55:
             question = question[:1].upper() + question[1:].replace(" i ", " I ").replace(" i'm ", " I'm ")
-        elif case < 0.57:
-            question = question.upper()
         return question + rng.choice(("?", "?", "?", "?", "", "", "", "."))
     return question + rng.choice(("？", "？", "？", "", "", "", "。", "?"))
 

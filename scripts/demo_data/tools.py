@@ -164,7 +164,7 @@ def call_text(name: str, arguments: dict[str, Any]) -> str:
 
 
 def draw_case(rng: Random, language: str, test: str = "") -> ToolCase:
-    """A random request with one to four tools.
+    """A random request with one to three tools.
 
     ``test`` selects what training never sees: "phrases" for requests in other words, "functions" for unknown functions.
     """
@@ -173,7 +173,7 @@ def draw_case(rng: Random, language: str, test: str = "") -> ToolCase:
     tool, names = schema(family, rng)
     tools = [tool]
     taken = {family.names[0]}
-    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
         other = made_up_family(rng) if rng.random() < 0.4 else rng.choice(families())
         if other.names[0] not in taken:
             taken.add(other.names[0])
