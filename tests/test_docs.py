@@ -160,6 +160,44 @@ def test_documents_hold_no_paths_of_a_machine(page: Path):
     assert not re.findall(r"(?<![\w.])/(?:work|opt|tmp|root|home|mnt|Users)\b", page.read_text(encoding="utf-8"))
 
 
+# -- rooms -------------------------------------------------------------------------------------------------------------
+
+SHARED = {"config", "errors", "hub", "inputs", "outputs", "sampling_params"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Names of the modules a file imports, wherever in it; ours without ``nanovllm.``."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield (node.module or "").removeprefix("nanovllm.")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("nanovllm.") for alias in node.names)
+
+
+def test_rooms_import_only_what_the_design_allows():
+    rows = table("docs/design.md", "Rooms")
+    folders = {path.name for path in (ROOT / "nanovllm").iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert {row[0] for row in rows} == {f"`{folder}/`" for folder in folders}
+    guarded = {"torch", *folders}
+    for room, _, listed in rows:
+        name = room.strip("`/")
+        allowed = SHARED | {name} | set(re.findall(r"`([\w.]+)`", listed))
+        for file in (ROOT / "nanovllm" / name).rglob("*.py"):
+            for module in imports(file):
+                first = module.split(".")[0]
+                assert first not in guarded or first in allowed or module in allowed, f"{file.name} imports {module}"
+
+
+@pytest.mark.parametrize("room", ["models", "layers"])
+def test_models_and_layers_name_no_device(room: str):
+    for file in (ROOT / "nanovllm" / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant):
+                assert node.value not in ("cpu", "cuda", "npu"), file.name
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in ("cuda", "npu", "is_cuda"), file.name
+
+
 # -- examples ---------------------------------------------------------------------------------------------------------
 
 
