@@ -132,7 +132,7 @@ class EngineArgs:
     enforce_eager: bool = False
     attention_backend: str | None = None
     block_size: int | None = None
-    gpu_memory_utilization: float = 0.92
+    gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     kv_cache_dtype: str = "auto"
@@ -213,7 +213,7 @@ class EngineArgs:
                 block_size=self.block_size or 16,
                 num_blocks=self.num_gpu_blocks_override,
                 memory_bytes=self._cache_bytes(),
-                memory_utilization=self.gpu_memory_utilization,
+                memory_utilization=self.gpu_memory_utilization or platform.memory_utilization,
                 enable_prefix_caching=self.enable_prefix_caching is not False,
                 dtype=self.kv_cache_dtype,
             ),
@@ -245,7 +245,7 @@ class EngineArgs:
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
             raise ParameterError("at least 2 blocks are needed: one is reserved for padding", "num_gpu_blocks_override",
                                  self.num_gpu_blocks_override)  # fmt: skip
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+        if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ParameterError("gpu_memory_utilization must be in (0, 1]", "gpu_memory_utilization",
                                  self.gpu_memory_utilization)  # fmt: skip
         if self.max_logprobs < -1:

@@ -18,10 +18,13 @@ class CpuPlatform:
     Attributes:
         device: the device name torch and the operator table know.
         overlap: whether planning the next step while one runs pays. On a CPU both would fight for the same cores.
+        memory_utilization: share of the free memory that weights and cache take by default. A CPU's memory belongs to
+            other programs too, and the prefix cache fills whatever the KV cache is given.
     """
 
     device = "cpu"
     overlap = False
+    memory_utilization = 0.5
 
     def resolve_dtype(self, dtype: str, checkpoint_dtype: str | None) -> str:
         """The dtype to compute in, for what the user asked and what the checkpoint holds (None: it does not say).
