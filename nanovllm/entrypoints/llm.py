@@ -37,7 +37,7 @@ class LLM:
         max_num_seqs: most requests in a step.
         max_num_batched_tokens: most tokens in a step.
         block_size: tokens in a KV cache block.
-        gpu_memory_utilization: share of the device's memory the engine may use; on a CPU, of what is free (default: half).
+        gpu_memory_utilization: share of the device's memory the engine may use; on a CPU, of free memory (half).
         kv_cache_memory_bytes: size of the KV cache; overrides the share.
         seed: of every random draw of requests that bring no seed of their own.
         load_format: ``auto``, ``safetensors``, or ``dummy`` for random weights.
