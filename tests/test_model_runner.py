@@ -23,6 +23,7 @@ from nanovllm.executor import create_executor
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.platforms import get_platform
 from nanovllm.runner import kv_cache, model_runner
+from nanovllm.runner.input_batch import InputBatch
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling_params import SamplingParams
 
@@ -215,9 +216,10 @@ def test_nothing_is_read_from_slots_that_were_never_written(executor: Any, check
     assert [driver.out[r] for r in range(len(PROMPTS))] == [reference_greedy(checkpoint[1], p, 4) for p in PROMPTS]
 
 
-def test_tables_grow_with_long_requests(executor: Any, checkpoint: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("length", [255, 256, 510])
+def test_tables_grow_with_long_requests(executor: Any, checkpoint: tuple[Path, Any], length: int) -> None:
     generator = random.Random(0)
-    long = [generator.randrange(130) for _ in range(510)]
+    long = [generator.randrange(130) for _ in range(length)]
     driver = Driver(executor)
     driver.start(1, PROMPTS[0])
     driver.step({1: None})
@@ -227,6 +229,37 @@ def test_tables_grow_with_long_requests(executor: Any, checkpoint: tuple[Path, A
         driver.step({0: None, 1: 1})
     assert driver.out[0] == reference_greedy(checkpoint[1], long, 3)
     assert driver.out[1] == reference_greedy(checkpoint[1], PROMPTS[0], 5)
+
+
+def test_step_input_is_what_loops_over_tokens_would_make() -> None:
+    batch = InputBatch(6, BLOCK_SIZE, torch.device("cpu"))
+    generator = random.Random(1)
+    known = {row: [generator.randrange(100) for _ in range(n)] for row, n in ((4, 9), (1, 6), (3, 30))}
+    blocks = {4: [17, 5, 9], 1: [3, 8], 3: [20, 1, 2, 11, 30, 6, 7, 40]}
+    batch.start(4, [99] * 50)
+    batch.update_blocks([(4, 0, list(range(50, 60)))])
+    for row, ids in known.items():
+        batch.start(row, ids)
+        batch.update_blocks([(row, 0, blocks[row][:1]), (row, 1, blocks[row][1:])])
+    plan = StepPlan(0, rows=[4, 1, 3], num_computed=[8, 5, 3], num_new=[1, 1, 20], sampled=[0, 1], num_tokens=22)
+    inputs = batch.prepare(plan)
+    expected = [
+        (known[row][p], p, blocks[row][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
+        for row, begin, count in zip(plan.rows, plan.num_computed, plan.num_new, strict=True)
+        for p in range(begin, begin + count)
+    ]
+    meta = inputs.meta
+    found = zip(inputs.input_ids.tolist(), inputs.positions.tolist(), meta.slot_mapping.tolist(), strict=True)
+    assert list(found) == expected
+    assert (meta.query_start_loc, meta.seq_lens, meta.num_decodes) == ([0, 1, 2, 22], [9, 6, 23], 2)
+    assert (meta.max_query_len, meta.max_seq_len, meta.block_size) == (20, 23, BLOCK_SIZE)
+    assert meta.block_table.tolist() == [[17, 5, 9, 0, 0, 0], [3, 8, 0, 0, 0, 0], blocks[3][:6]]
+    assert inputs.sampled_tokens is not None and inputs.sampled_tokens.tolist() == [0, 1]
+    assert (inputs.sampled_rows.tolist(), inputs.sampled_positions.tolist()) == ([4, 1], [9, 6])
+    batch.append(inputs.sampled_rows, inputs.sampled_positions, torch.tensor([77, 78]))
+    decode = batch.prepare(StepPlan(1, rows=[1, 4], num_computed=[6, 9], num_new=[1, 1], sampled=[0, 1]))
+    assert decode.input_ids.tolist() == [78, 77]
+    assert decode.sampled_tokens is None and decode.meta.num_decodes == 2
 
 
 # ---- sampling and log-probabilities -------------------------------------------------------------------------------

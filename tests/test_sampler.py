@@ -229,7 +229,9 @@ def test_top_p_keeps_the_boundary_token_and_a_tiny_top_p_keeps_one() -> None:
     assert (keep_likeliest(logits, *arguments) > -torch.inf).tolist() == [[True, True, False]]
     rows = 300
     assert set(sample(logits.repeat(rows, 1), [SamplingParams(top_p=0.6)] * rows)) == {0, 1}
-    assert set(sample(logits.repeat(rows, 1), [SamplingParams(top_p=1e-6)] * rows)) == {0}
+    for tiny in (1e-6, 1e-300):  # the latter is 0 in float32
+        assert set(sample(logits.repeat(rows, 1), [SamplingParams(top_p=tiny)] * rows)) == {0}
+        assert set(sample(logits.repeat(rows, 1), [SamplingParams(top_p=tiny, top_k=2)] * rows)) == {0}
 
 
 def test_ties_with_the_top_k_boundary_are_all_kept_however_many_there_are() -> None:
@@ -397,6 +399,14 @@ def test_min_tokens_lets_stop_ids_through_when_the_output_is_long_enough() -> No
     params = SamplingParams(temperature=0, min_tokens=2)
     for output, expected in (([], 0), ([5], 0), ([5, 5], 7)):
         assert sample(logits, [params], [([1, 2, 3], output)], stop_ids=(7,)) == [expected]
+
+
+def test_a_bad_word_begins_in_the_output_not_in_the_prompt() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 10.0
+    for prompt, output, allowed in (([1, 5, 6], [], True), ([1, 5], [6], True), ([1], [5, 6], False)):
+        chosen = sample(logits, [SamplingParams(temperature=0)], [(prompt, output)], bad_words=((5, 6, 7),))
+        assert (chosen == [7]) == allowed
 
 
 def test_a_row_forgets_the_rules_of_the_request_before() -> None:

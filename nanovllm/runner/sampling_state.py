@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from nanovllm.engine.plan import RowStart
 
 GREEDY_BELOW = 1e-5  # temperatures under this mean argmax
-MAX_LOGIT_BIAS = 100.0
 
 # What a row asks for besides a plain choice; ``SamplingState.features`` holds the sum. A batch whose rows ask for
 # nothing pays for nothing.
@@ -76,8 +75,7 @@ class SamplingState:
         if params.logit_bias:
             features |= BIAS
             self.bias_ids[row] = np.fromiter(params.logit_bias, np.int64)
-            bias = np.fromiter(params.logit_bias.values(), np.float32)
-            self.bias[row] = np.clip(bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+            self.bias[row] = np.fromiter(params.logit_bias.values(), np.float32)
         if params.repetition_penalty != 1.0:
             features |= REPETITION
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
