@@ -1,0 +1,69 @@
+"""The benchmarks run and write results that say where and when they were measured. Their figures are not judged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from startup import measure  # noqa: E402
+from workloads import QWEN3_0_6B, limits, parameters, workloads  # noqa: E402
+
+
+def run_benchmark(name: str, output: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, f"benchmarks/{name}.py", *options, "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["command"].startswith(f"python benchmarks/{name}.py") and results["date"][:2] == "20"
+    assert results["machine"]["cpu"] and results["machine"]["versions"]["torch"]
+    return results
+
+
+def test_host_cost(tmp_path: Path):
+    results = run_benchmark("host_cost", tmp_path / "out.json", "--steps", "5", "--running", "1", "4", "--waiting", "9")
+    rows = [(row["running"], row["waiting"], row["history"]) for row in results["decode_step"][::2]]
+    assert rows == [(1, 0, 128), (4, 0, 128), (1, 9, 128), (4, 9, 128), (4, 0, 4096)]
+    for row in results["decode_step"]:
+        assert 0 < row["schedule_ms"] + row["update_ms"] + row["output_ms"] < 2 * row["step_ms"]
+    assert [row["requests"] for row in results["whole_life"]] == [4, 4, 9, 9]
+
+
+def test_cpu_workloads(tmp_path: Path):
+    pytest.importorskip("transformers")
+    options = ["--shape", "tiny", "--scale", "0.1", "--rounds", "1", "--workloads", "bs1", "batch"]
+    results = run_benchmark("cpu_workloads", tmp_path / "out.json", *options)
+    for name in ("bs1", "batch"):
+        assert set(results["tokens_per_second"][name]) == {"nanovllm", "transformers"}
+        assert all(speed > 0 for speed in results["tokens_per_second"][name].values())
+    assert results["limits"]["bandwidth"] > 0 and results["limits"]["flops"] > 0
+
+
+def test_startup_sees_the_first_byte_before_the_end():
+    first, whole = measure([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(0.3)"])
+    assert first is not None and 0 < first < whole - 0.2
+    assert measure([sys.executable, "-c", "pass"])[0] is None
+
+
+def test_workloads_are_those_the_figures_speak_of():
+    works = workloads()
+    assert [len(works["bs1"].prompts[0]), *works["bs1"].output_lens] == [32, 64]
+    assert [len(works["prefill"].prompts[0]), *works["prefill"].output_lens] == [1024, 1]
+    assert len(works["batch"].prompts) == 32
+    assert all(64 <= len(prompt) <= 256 for prompt in works["batch"].prompts)
+    assert all(32 <= length <= 96 for length in works["batch"].output_lens)
+
+
+def test_limits_of_a_known_machine():
+    layers, embedding = parameters(QWEN3_0_6B)
+    assert layers + embedding == pytest.approx(596e6, rel=0.001)  # what the model's name says
+    most = limits(QWEN3_0_6B, 1.0, bandwidth=44e9, flops=1e12)
+    assert most["bs1"] == pytest.approx(44e9 / (2 * 596e6), rel=0.01)
+    assert most["prefill"] == pytest.approx(1000, rel=0.05)
