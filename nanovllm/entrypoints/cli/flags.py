@@ -46,7 +46,7 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "chat_template": "file or text of the chat template, instead of the model's",
     },
     "KV cache": {
-        "gpu_memory_utilization": "share of the device's memory the engine may use; on a CPU, of free memory, by default half",
+        "gpu_memory_utilization": "share of the device's memory for the engine; on a CPU, of free memory (half)",
         "kv_cache_memory_bytes": "size of the KV cache, such as 512M; overrides the share",
         "block_size": "tokens in a block",
         "num_gpu_blocks_override": "number of blocks; overrides both",
