@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 from collections.abc import Callable, Container, Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from nanovllm.config import RETIRED, EngineArgs
 from nanovllm.entrypoints.cli.parser import human_int, json_object
@@ -121,15 +122,16 @@ def add_field_flags(group: Any, cls: type, helps: Mapping[str, str], defaults: M
         group: a parser or argument group.
         defaults: shown in the help instead of the field's own default.
     """
-    hints = get_type_hints(cls)
+    names = vars(sys.modules[cls.__module__])
     own = {field.name: field for field in dataclasses.fields(cls)}
     for name, text in helps.items():
         default = {**{name: own[name].default}, **(defaults or {})}[name]
         if default is not None and default is not dataclasses.MISSING and not isinstance(default, bool):
             text += f" (default: {default})"
+        hint = eval(str(own[name].type), names)  # annotations are text there (PEP 563)
         options = [_SHORT[name]] if name in _SHORT else []
         group.add_argument(
-            *options, _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(hints[name])
+            *options, _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(hint)
         )
 
 
