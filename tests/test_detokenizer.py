@@ -158,9 +158,9 @@ def test_a_character_begun_in_the_prompt_belongs_to_the_output_that_completes_it
     for family in ("qwen", "llama2"):
         tokenizer = tokenizers_by_family[family]
         ids = tokenizer.encode("a🙂b", add_special_tokens=False)
-        for cut in (2, 3, 4):
+        for cut in (1, 2, 3, 4):
             prompt, output = ids[: -cut - 1], ids[-cut - 1 :]
-            assert "".join(stream(tokenizer, prompt, output)) == "🙂b" if cut > 1 else "b"
+            assert "".join(stream(tokenizer, prompt, output)) == "🙂b"
         # Never completed: its U+FFFD is the prompt's.
         prompt = ids[:-2]
         assert "".join(stream(tokenizer, prompt, tokenizer.encode("b", add_special_tokens=False))).strip() == "b"
@@ -331,6 +331,7 @@ def test_unchecked_text_may_begin_a_stop_string_but_not_complete_it():
     assert run_stops(["ab"], ["ab", "c", "ab"], unchecked=1) == (["a", "b", "c"], "ab")
     assert run_stops(["bc"], ["ab", "c"], unchecked=1) == (["a", ""], "bc")
     assert run_stops(["ab"], ["ab", "c"], unchecked=2) == (["a", "b", "c"], None)
+    assert run_stops(["ab", "wxyz"], ["ab", "c"], unchecked=1) == (["", "", "abc"], None)
 
 
 def test_included_stop_strings_need_no_holding_back():

@@ -204,6 +204,14 @@ def test_the_final_message_can_be_continued(folders, name, content):
     assert text.rstrip().endswith("It is")
 
 
+def test_keys_that_are_none_are_absent_for_the_template(folders):
+    message = {"role": "user", "content": "x", "name": None}
+    template = "{{ messages[0].name is defined }}"
+    ours, theirs = Tokenizer.load(folders["qwen"]), AutoTokenizer.from_pretrained(folders["qwen"])
+    text = ours.apply_chat_template([message], tokenize=False, chat_template=template)
+    assert text == theirs.apply_chat_template([message], tokenize=False, chat_template=template) == "False"
+
+
 def test_text_parts_are_joined_unless_the_template_reads_parts(folders):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     tokenizer = Tokenizer.load(folders["qwen"])
