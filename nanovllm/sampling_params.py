@@ -372,7 +372,7 @@ class BeamSearchParams:
         beam_width: hypotheses kept after every step; at least 1.
         max_tokens: most tokens to generate; at least 1.
         ignore_eos: do not end a hypothesis at EOS.
-        temperature: divides the logits before log-probabilities are taken; 0 leaves them as they are.
+        temperature: must be 0: the search ranks by the model's own probabilities.
         length_penalty: a hypothesis scores its summed log-probability / length ** length_penalty.
         include_stop_str_in_output: leave the end-of-sequence token's text in the text.
         structured_outputs: constraint on the form of the output.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tiny_models import make_checkpoint, reference_logits
+from tiny_tokenizers import qwen
 
 from nanovllm import LLM, BeamSearchParams
 from nanovllm.engine.invariants import InvariantChecker
@@ -85,3 +86,14 @@ def test_what_beam_search_cannot_honour_is_refused(checkpoint: tuple[Path, Any])
         with pytest.raises(ParameterError, match="beam_width"):
             llm.beam_search([PROMPTS[0]], BeamSearchParams(beam_width=40, max_tokens=3))
         assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_text_goes_with_the_tokens_and_eos_is_left_out(tmp_path: Path):
+    make_checkpoint(tmp_path, "qwen3", vocab_size=337, eos_token_id=332)
+    qwen(tmp_path)
+    with LLM(str(tmp_path), num_gpu_blocks_override=100, block_size=4) as llm:
+        (output,) = llm.beam_search([{"prompt": "hello"}], BeamSearchParams(beam_width=2, max_tokens=5))
+        decode, start = llm.get_tokenizer().decode, len(llm.get_tokenizer().encode("hello"))
+        for sequence in output.sequences:
+            tokens = sequence.tokens[start:]
+            assert sequence.text == decode([token for token in tokens if token != 332])

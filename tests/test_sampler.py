@@ -464,14 +464,3 @@ def test_raw_logprobs_ignore_what_the_sampler_does_and_processed_ones_show_it() 
             np.testing.assert_allclose(found[0].logprobs, kept[found[0].token_ids].numpy(), atol=1e-4)
             assert np.isneginf(found[0].logprobs[4:]).all() and int(chosen[0]) == 7
             assert np.isneginf(found[1].logprobs[3:]).all()
-
-
-def test_named_ids_are_scored_in_their_order() -> None:
-    logits = random_logits(2)
-    params = [SamplingParams(logprob_token_ids=[9, 2, 250]), SamplingParams(logprobs=1)]
-    sampler, rows, positions, tokens = make_sampler(params)
-    chosen, found = sampler.sample(logits.clone(), rows, positions, tokens)
-    assert found[0].token_ids.tolist() == [int(chosen[0]), 9, 2, 250]
-    expected = torch.log_softmax(logits[0], -1)[found[0].token_ids].numpy()
-    np.testing.assert_allclose(found[0].logprobs, expected, rtol=1e-5)
-    assert len(found[1].token_ids) == 2

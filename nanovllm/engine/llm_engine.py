@@ -200,12 +200,13 @@ class LLMEngine:
     def _finish_beams(self, search: BeamSearch) -> BeamSearchOutput:
         sequences = search.best()
         if self.tokenizer is not None:
-            start = search.num_prompt_tokens
             for sequence in sequences:
-                tokens = sequence.tokens[start:]
+                prompt = sequence.tokens[: search.num_prompt_tokens]
+                tokens = sequence.tokens[search.num_prompt_tokens :]
                 if sequence.finish_reason == "stop" and not search.params.include_stop_str_in_output:
                     tokens = tokens[:-1]
-                sequence.text = self.tokenizer.decode(tokens, skip_special_tokens=search.params.skip_special_tokens)
+                detokenizer = self.tokenizer.detokenizer(prompt, search.params.skip_special_tokens)
+                sequence.text = detokenizer.push_all(tokens) + detokenizer.flush()
         return BeamSearchOutput(sequences)
 
     # -- the engine itself ---------------------------------------------------------------------------------------

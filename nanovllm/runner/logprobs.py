@@ -18,18 +18,8 @@ def gather_logprobs(scores: Tensor, tokens: Tensor, num_likeliest: int) -> list[
         likeliest, ids = scores.sort(dim=-1, descending=True, stable=True)
     else:
         likeliest, ids = top_k(scores, num_likeliest) if num_likeliest else (scores[:, :0], tokens[:, None][:, :0])
-    return _collect(scores, tokens, ids, likeliest)
-
-
-def score_ids(scores: Tensor, tokens: Tensor, ids: Tensor) -> list[TokenLogprobs]:
-    """For each row of ``scores`` [n, V] its token and the named ``ids`` int64 [k], in their order."""
-    ids = ids.expand(scores.shape[0], -1)
-    return _collect(scores, tokens, ids, scores.gather(1, ids))
-
-
-def _collect(scores: Tensor, tokens: Tensor, ids: Tensor, values: Tensor) -> list[TokenLogprobs]:
     own = scores.gather(1, tokens[:, None])
     ranks = (block_sum(greater(scores, own)).sum(-1) + 1).long().tolist()  # exact: whole numbers below 2**24
     all_ids = torch.cat([tokens[:, None], ids], dim=1).cpu().numpy()
-    all_values = torch.cat([own, values], dim=1).cpu().numpy()
+    all_values = torch.cat([own, likeliest], dim=1).cpu().numpy()
     return [TokenLogprobs(*columns) for columns in zip(all_ids, all_values, ranks, strict=True)]

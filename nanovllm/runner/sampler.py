@@ -10,7 +10,7 @@ from nanovllm.engine.plan import RowStart, TokenLogprobs
 from nanovllm.runner.blocks import argmax
 from nanovllm.runner.choice import keep_likeliest, sample_plain, sample_top_k, sample_top_p
 from nanovllm.runner.logit_rules import apply_logit_rules
-from nanovllm.runner.logprobs import gather_logprobs, score_ids
+from nanovllm.runner.logprobs import gather_logprobs
 from nanovllm.runner.ragged import Array, to_device
 from nanovllm.runner.sampling_state import GREEDY, LOGPROBS, PLAIN, TOP_P, SamplingState
 
@@ -106,14 +106,10 @@ class Sampler:
         chosen = chosen.index_select(0, to_device(wanted, logits.device))
         found: dict[int, TokenLogprobs] = {}
         counts = self.state.num_logprobs[rows[wanted]]
-        named = np.array([self.state.scored_ids[r] is not None for r in rows[wanted]])
         # One selection per distinct count, not the largest for all: ties must not depend on the batch.
-        for count in np.unique(counts[~named]).tolist():
-            which = np.flatnonzero(~named & (counts == count))
+        for count in np.unique(counts).tolist():
+            which = np.flatnonzero(counts == count)
             index = to_device(which, logits.device)
             results = gather_logprobs(scores.index_select(0, index), chosen.index_select(0, index), count)
             found.update(zip(wanted[which].tolist(), results, strict=True))
-        for i in np.flatnonzero(named).tolist():
-            ids = self.state.scored_ids[rows[wanted[i]]]
-            found[int(wanted[i])] = score_ids(scores[i : i + 1], chosen[i : i + 1], to_device(ids, scores.device))[0]
         return found

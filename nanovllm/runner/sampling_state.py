@@ -33,7 +33,7 @@ class SamplingState:
         seed: uint64.
         num_logprobs: int64, how many of the likeliest; the vocabulary's size for all of them.
     Lists [max_rows] (for rows with the feature):
-        allowed, stop_ids, bias_ids, scored_ids: int64 arrays of token ids. scored_ids None: the likeliest.
+        allowed, stop_ids, bias_ids: int64 arrays of token ids.
         bias: float32, aligned with bias_ids.
         bad_words: what may not come next; see BadWords.
     """
@@ -54,7 +54,6 @@ class SamplingState:
         self.bias_ids: list[Array] = [none] * max_rows
         self.bias: list[Array] = [none] * max_rows
         self.bad_words: list[BadWords | None] = [None] * max_rows
-        self.scored_ids: list[Array | None] = [None] * max_rows
 
     def start(self, start: RowStart) -> None:
         """A request takes the row."""
@@ -83,11 +82,9 @@ class SamplingState:
         self.repetition[row] = params.repetition_penalty
         self.frequency[row] = params.frequency_penalty
         self.presence[row] = params.presence_penalty
-        if params.logprobs is not None or params.logprob_token_ids is not None:
+        if params.logprobs is not None:
             features |= LOGPROBS
             self.num_logprobs[row] = self._num_logprobs(params.logprobs)
-            ids = params.logprob_token_ids
-            self.scored_ids[row] = None if ids is None else np.array(ids, np.int64)
         self.features[row] = features
         self._start_choice(start)
 
@@ -106,8 +103,8 @@ class SamplingState:
         else:
             self.method[row] = TOP_P if params.top_p < 1.0 or params.min_p > 0.0 else PLAIN
 
-    def _num_logprobs(self, asked: int | None) -> int:
-        return self.vocab_size if asked == -1 else min(asked or 0, self.vocab_size)
+    def _num_logprobs(self, asked: int) -> int:
+        return self.vocab_size if asked == -1 else min(asked, self.vocab_size)
 
 
 class BadWords:
