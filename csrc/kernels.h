@@ -1,0 +1,74 @@
+// The C interface of the library: what nanovllm/ops/cpu/library.py calls with ctypes.
+//
+// Tensors are described by addresses, and by strides in elements; one whose strides are not mentioned is contiguous.
+// Nothing is kept between calls but workspaces. There are no errors: the caller checks shapes and number formats.
+// T tokens, H query heads, Hk KV heads, D head_dim, B rows (requests).
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct AttentionArguments {
+    const void* q;               // [T, H, D], tokens q_stride apart
+    void* out;                   // [T, H, D]
+    const void* k_cache;         // [blocks, block_size, Hk, D], each of the first three with its stride,
+    const void* v_cache;         // the same for K and V
+    const int32_t* query_start;  // [B + 1]: row i computes tokens query_start[i] .. query_start[i + 1]
+    const int32_t* seq_lens;     // [B]: tokens in the cache, the new ones among them
+    const int32_t* block_table;  // [B, table_stride]
+    int64_t q_stride;
+    int64_t block_stride, token_stride, head_stride;
+    int64_t table_stride;
+    int32_t rows, block_size, heads, kv_heads, head_dim;
+    int32_t window;  // a token sees itself and window - 1 before it; 0: all
+    float scale;
+    int32_t dtype;  // of q, out and the caches
+};
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// out [T, H, D] = softmax(q K^T * scale) V, causal, over the cache.
+void nanovllm_paged_attention(const AttentionArguments* arguments);
+
+// out [outer, inner, n] = x / rms(x) * weight; x [outer, inner, n] has strides for outer and inner.
+void nanovllm_rms_norm(const void* x, const void* weight, void* out, int64_t outer, int64_t inner, int64_t n,
+                       int64_t outer_stride, int64_t inner_stride, float eps, int32_t dtype);
+
+// sum [rows, n] = x + residual; out [rows, n] = rms_norm(sum).
+void nanovllm_add_rms_norm(const void* x, const void* residual, const void* weight, void* out, void* sum, int64_t rows,
+                           int64_t n, float eps, int32_t dtype);
+
+// out [tokens, heads, D] = x * cos + (x2 | x1) * sin; x has a stride between tokens; cos, sin [tokens, D].
+void nanovllm_rotary(const void* x, const void* cosine, const void* sine, void* out, int64_t tokens, int64_t heads,
+                     int64_t head_dim, int64_t token_stride, int32_t dtype);
+
+// The two steps before attention as one. qkv [T, H + 2 Hk, D] (contiguous): each head of q and k is normalised (unless
+// its weight is null) and rotated; q goes to q_out [T, H, D]; k and v go to their slots of the caches.
+struct QkvArguments {
+    const void* qkv;
+    const void* q_weight;  // [D] or null
+    const void* k_weight;
+    const void* cosine;  // [T, D]
+    const void* sine;
+    const int64_t* slots;  // [T]
+    void* q_out;
+    void* k_cache;
+    void* v_cache;
+    int64_t tokens, block_size, block_stride, token_stride, head_stride;
+    int32_t heads, kv_heads, head_dim;
+    float eps;
+    int32_t dtype;
+};
+void nanovllm_norm_rotate_write(const QkvArguments* arguments);
+
+// k_cache[slot], v_cache[slot] = k, v [T, Hk, D], whose tokens have strides; the caches as in AttentionArguments.
+void nanovllm_write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots, int64_t tokens,
+                       int64_t kv_heads, int64_t head_bytes, int64_t k_stride, int64_t v_stride, int64_t block_size,
+                       int64_t block_stride, int64_t token_stride, int64_t head_stride, int64_t element_bytes);
+
+// out [rows, n] = silu(gate) * up, where x [rows, 2n] = gate | up.
+void nanovllm_silu_and_mul(const void* x, void* out, int64_t rows, int64_t n, int32_t dtype);
+}
+#pragma GCC visibility pop

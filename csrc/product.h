@@ -1,0 +1,95 @@
+// The inner loop of linear layers and of attention: C [rows, columns] += A [rows, depth] * B [depth, columns].
+//
+// Operands are made of 32-bit *cells*: one float, or two bfloat16 that are neighbours along the depth. A is row-major.
+// B is packed: its columns are cut into panels of PANEL columns, and a panel stores its cells depth-major:
+//
+//     panel[cell of the depth][PANEL columns]        contiguous; missing columns are zero
+//
+// so a step along the depth loads NV vectors of B, and multiplies them with one broadcast cell of each row of A.
+//
+// Invariant: an element of C is a chain of additions along the depth, first cell to last, whatever the number of rows or
+// columns computed beside it. A row's result does not depend on the batch it is in.
+#pragma once
+
+#include "simd.h"
+
+using cell = uint32_t;  // also a view of floats and bfloat16: compiled with -fno-strict-aliasing
+
+#if defined(__AVX512F__)
+constexpr int NV = 4;  // 6 x 4 sums, 4 vectors of B, 1 of A: 29 of 32 registers
+#else
+constexpr int NV = 2;  // 6 x 2 sums, 2 vectors of B, 1 of A: 15 of 16 registers
+#endif
+constexpr int PANEL = NV * LANES;
+constexpr int MAX_ROWS = 6;
+
+// A cell of one float.
+struct Floats {
+    static f32v add_product(f32v sum, u32v a, u32v b) { return fma(bit_cast<f32v>(a), bit_cast<f32v>(b), sum); }
+};
+
+// A cell of two bfloat16, the first in the low half.
+struct Pairs {
+    static f32v add_product(f32v sum, u32v a, u32v b) {
+#if defined(__AVX512BF16__)
+        return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+        sum = fma(bit_cast<f32v>(a << 16), bit_cast<f32v>(b << 16), sum);
+        return fma(bit_cast<f32v>(a & 0xffff0000u), bit_cast<f32v>(b & 0xffff0000u), sum);
+#endif
+    }
+};
+
+template <int ROWS>
+using Sums = f32v[ROWS][NV];
+
+// sums[row][column] += a[row] * panel, over ``depth`` cells. Rows of A are ``a_stride`` cells apart.
+template <class Cells, int ROWS>
+inline __attribute__((always_inline)) void add_products(Sums<ROWS>& sums, const cell* a, ptrdiff_t a_stride,
+                                                        const cell* panel, int depth) {
+    for (int i = 0; i < depth; ++i, panel += PANEL) {
+        u32v b[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) b[v] = load(panel + v * LANES);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; ++row) {
+            u32v broadcast = splat(a[row * a_stride + i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) sums[row][v] = Cells::add_product(sums[row][v], broadcast, b[v]);
+        }
+    }
+}
+
+// Calls f(std::integral_constant<int, rows>) style: the number of rows becomes a compile-time constant.
+template <int ROWS>
+struct RowCount {
+    static constexpr int value = ROWS;
+};
+
+template <class F>
+inline __attribute__((always_inline)) void with_row_count(int rows, F&& f) {
+    switch (rows) {
+        case 1: return f(RowCount<1>{});
+        case 2: return f(RowCount<2>{});
+        case 3: return f(RowCount<3>{});
+        case 4: return f(RowCount<4>{});
+        case 5: return f(RowCount<5>{});
+        default: return f(RowCount<6>{});
+    }
+}
+
+// Calls f(RowCount, first row) for all of ``rows``, in as few and as equal blocks as possible.
+template <class F>
+inline __attribute__((always_inline)) void for_row_blocks(int rows, F&& f) {
+    int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int block = 0, first = 0; block < blocks; ++block) {
+        int count = (rows - first + blocks - block - 1) / (blocks - block);
+        with_row_count(count, [&](auto n) { f(n, first); });
+        first += count;
+    }
+}
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+// LANES rows of cells, ``stride`` apart, become LANES columns of a panel: to[i * PANEL + lane] = rows[lane][i], i < depth.
+void transpose_into_panel(const cell* rows, ptrdiff_t stride, int depth, cell* to);

@@ -1,0 +1,38 @@
+"""The CPU's own operators: C++ kernels (csrc/), chosen for the instruction set of the machine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from nanovllm.ops.operators import Operators
+
+__all__ = ["operators"]
+
+logger = logging.getLogger(__name__)
+
+
+def operators(base: Operators) -> Operators:
+    """``base`` with everything the kernels do replaced; ``base`` itself, with a notice, where none are built.
+
+    What the kernels do not cover (number formats, shapes) still goes to ``base``.
+    """
+    from nanovllm.ops.cpu.attention import CpuAttention
+    from nanovllm.ops.cpu.elementwise import Elementwise
+    from nanovllm.ops.cpu.library import load_library
+
+    library = load_library()
+    if library is None:
+        logger.warning("No C++ kernels: running on torch's operators. Build them: python -m nanovllm.ops.cpu.build")
+        return base
+    attention, elementwise = CpuAttention(library, base), Elementwise(library, base)
+    return replace(
+        base,
+        rms_norm=elementwise.rms_norm,
+        add_rms_norm=elementwise.add_rms_norm,
+        rotary=elementwise.rotary,
+        silu_and_mul=elementwise.silu_and_mul,
+        write_kv=elementwise.write_kv,
+        prepare_attention=attention.prepare_attention,
+        paged_attention=attention.paged_attention,
+    )

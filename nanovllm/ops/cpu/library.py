@@ -1,0 +1,124 @@
+"""Loading the C++ kernels: the library for this CPU, on torch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from nanovllm.errors import ParameterError
+from nanovllm.ops.cpu.build import LIBRARIES, X86_INSTRUCTION_SETS, library_file
+
+VARIABLE = "NANOVLLM_CPU_ISA"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype in csrc/kernels.h
+
+_REQUIRED_CPU_FLAGS = {  # names in /proc/cpuinfo
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"},
+    "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
+    "generic": set(),
+}
+
+
+class AttentionArguments(ctypes.Structure):
+    """struct AttentionArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "out", "k_cache", "v_cache", "query_start", "seq_lens", "block_table")),
+        *((name, c_int64) for name in ("q_stride", "block_stride", "token_stride", "head_stride", "table_stride")),
+        *((name, c_int32) for name in ("rows", "block_size", "heads", "kv_heads", "head_dim", "window")),
+        ("scale", c_float),
+        ("dtype", c_int32),
+    )
+
+
+class QkvArguments(ctypes.Structure):
+    """struct QkvArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("qkv", "q_weight", "k_weight", "cosine", "sine", "slots")),
+        *((name, c_void_p) for name in ("q_out", "k_cache", "v_cache")),
+        *((name, c_int64) for name in ("tokens", "block_size", "block_stride", "token_stride", "head_stride")),
+        *((name, c_int32) for name in ("heads", "kv_heads", "head_dim")),
+        ("eps", c_float),
+        ("dtype", c_int32),
+    )
+
+
+_P, _N, _I, _F = c_void_p, c_int64, c_int32, c_float
+_FUNCTIONS: dict[str, tuple[type, ...]] = {
+    "paged_attention": (ctypes.POINTER(AttentionArguments),),
+    "rms_norm": (_P, _P, _P, _N, _N, _N, _N, _N, _F, _I),
+    "add_rms_norm": (_P, _P, _P, _P, _P, _N, _N, _F, _I),
+    "rotary": (_P, _P, _P, _P, _N, _N, _N, _N, _I),
+    "norm_rotate_write": (ctypes.POINTER(QkvArguments),),
+    "write_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _N, _N, _N),
+    "silu_and_mul": (_P, _P, _N, _N, _I),
+}
+
+
+class Library:
+    """The kernels compiled for one instruction set; every function of csrc/kernels.h is an attribute."""
+
+    def __init__(self, file: Path, instruction_set: str) -> None:
+        _provide_openmp()
+        library = ctypes.CDLL(str(file))
+        self.instruction_set = instruction_set
+        for name, argument_types in _FUNCTIONS.items():
+            function = getattr(library, f"nanovllm_{name}")
+            function.argtypes, function.restype = argument_types, None
+            setattr(self, name, function)
+
+
+def supported_instruction_sets() -> list[str]:
+    """The instruction sets this CPU has and a library is built for, best first."""
+    flags = _cpu_flags()
+    return [
+        name
+        for name in X86_INSTRUCTION_SETS
+        if flags >= _REQUIRED_CPU_FLAGS[name] and (LIBRARIES / library_file(name)).is_file()
+    ]
+
+
+@lru_cache(maxsize=None)
+def load_library(instruction_set: str | None = None) -> Library | None:
+    """The kernels for ``instruction_set``, by default ``$NANOVLLM_CPU_ISA`` or the best the CPU has.
+
+    None if no library is built. Raises ParameterError for an instruction set the CPU or the build lacks.
+    """
+    supported = supported_instruction_sets()
+    wanted = instruction_set or os.environ.get(VARIABLE) or (supported[0] if supported else None)
+    if wanted is None:
+        return None
+    if wanted not in supported:
+        raise ParameterError(f"this machine has kernels for: {', '.join(supported) or 'none'}", VARIABLE, wanted)
+    return Library(LIBRARIES / library_file(wanted), wanted)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def _provide_openmp() -> None:
+    """Make the OpenMP runtime that torch has loaded visible to the libraries, which are linked to none.
+
+    Two runtimes would mean two pools of threads that fight for the cores.
+    """
+    try:
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    except OSError:
+        loaded = set()
+    for prefix in ("libgomp", "libiomp5", "libomp"):
+        for file in sorted(loaded):
+            if Path(file).name.startswith(prefix):
+                ctypes.CDLL(file, ctypes.RTLD_GLOBAL)
+                return
+    ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)

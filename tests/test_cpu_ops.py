@@ -1,0 +1,207 @@
+"""The C++ kernels against ops/reference.py, on every instruction set this machine has, and their invariances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanovllm.errors import ParameterError
+from nanovllm.ops import Operators, operator_table, reference
+from nanovllm.ops.cpu import library as cpu_library
+from nanovllm.ops.cpu import operators
+from tests.cpu_batches import PagedBatch
+
+INSTRUCTION_SETS = cpu_library.supported_instruction_sets()
+pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the C++ kernels are not built")
+
+REFERENCE = operator_table("cpu", "reference")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = st.sampled_from(FLOATS)
+SEEDS = st.integers(0, 2**31)
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def ops(request: pytest.FixtureRequest) -> Operators:
+    """The operators on one instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu_library.VARIABLE, request.param)
+        cpu_library.load_library.cache_clear()
+        table = operators(REFERENCE)
+        cpu_library.load_library.cache_clear()
+    assert table.rms_norm is not REFERENCE.rms_norm
+    return table
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, steps: float = 1.0) -> None:
+    """Equal up to ``steps`` units in the last place of the dtype, relative to the largest magnitudes around 1."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    eps = torch.finfo(actual.dtype).eps * steps
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=eps, atol=eps)
+
+
+def attend(ops: Operators, batch: PagedBatch, chunks: list, window: int | None, scale: float = 0.2) -> torch.Tensor:
+    q, meta = batch.step(chunks)
+    ops.prepare_attention(meta, [window], q.dtype)
+    return ops.paged_attention(q, batch.k_cache, batch.v_cache, meta, scale, window)
+
+
+def attend_in_float64(batch: PagedBatch, chunks: list, window: int | None, scale: float = 0.2) -> torch.Tensor:
+    q, meta = batch.step(chunks)
+    k, v = batch.k_cache.double(), batch.v_cache.double()
+    return reference.paged_attention(q.double(), k, v, meta, scale, window)
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+CHUNK_LENGTHS = st.lists(
+    st.tuples(st.integers(0, 150), st.integers(0, 130)).filter(lambda pair: sum(pair) > 0), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=25)
+@given(
+    lengths=CHUNK_LENGTHS,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 16),
+    head_dim=st.sampled_from([32, 40, 64, 80, 96, 128, 256]),
+    block_size=st.sampled_from([8, 16, 32, 100, 256]),
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    dtype=DTYPES,
+    seed=SEEDS,
+)
+def test_attention_agrees_with_the_reference(
+    ops, lengths, kv_heads, group, head_dim, block_size, window, dtype, seed
+) -> None:
+    """Any mix of contexts and chunks, rows without new tokens among them."""
+    batch = PagedBatch([sum(pair) for pair in lengths], kv_heads * group, kv_heads, head_dim, block_size, dtype, seed)
+    chunks = [(row, context, context + new) for row, (context, new) in enumerate(lengths)]
+    if all(new == 0 for _, new in lengths):
+        chunks[0] = (0, lengths[0][0] - 1, lengths[0][0])
+    expected = attend_in_float64(batch, chunks, window, head_dim**-0.5)
+    steps = 64.0 if dtype == torch.float32 else 4.0
+    assert_close(attend(ops, batch, chunks, window, head_dim**-0.5), expected.to(dtype), steps)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("window", [None, 1000])
+def test_attention_over_4k_tokens(ops, dtype: torch.dtype, window: int | None) -> None:
+    """Several partitions: divided among threads, and merged."""
+    batch = PagedBatch([4100, 1], 4, 2, 64, 16, dtype)
+    chunks = [(0, 4099, 4100), (1, 0, 1), (0, 4000, 4100)]
+    expected = attend_in_float64(batch, chunks, window)
+    assert_close(attend(ops, batch, chunks, window), expected.to(dtype), 64.0 if dtype == torch.float32 else 2.0)
+
+
+def test_attention_survives_extreme_scores(ops) -> None:
+    """Scores far below and above the range of exp, and scores that are all very negative."""
+    batch = PagedBatch([70, 70], 2, 1, 32, 16, torch.float32)
+    for scale in (1e4, 1e-4, -1e4):
+        out = attend(ops, batch, [(0, 0, 70), (1, 69, 70)], None, scale)
+        expected = attend_in_float64(batch, [(0, 0, 70), (1, 69, 70)], None, scale)
+        assert_close(out, expected.float(), 64.0 if abs(scale) < 1 else 1e5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attention_of_a_token_is_the_same_bits_in_any_batch(ops, dtype, window, threads) -> None:
+    """Alone, in a batch of 32, with the prompt in chunks, with a prefix found in the cache, on more threads."""
+    lengths = [1200, *(37 * i % 650 + 1 for i in range(31))]
+    batch = PagedBatch(lengths, 6, 2, 64, 16, dtype)
+    whole = attend(ops, batch, [(row, 0, length) for row, length in enumerate(lengths)], window)
+    rows = list(whole.split(lengths))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for row in (0, 1, 5, 20):
+            length = lengths[row]
+            assert torch.equal(attend(ops, batch, [(row, 0, length)], window), rows[row])  # alone
+            last = length // 3
+            assert torch.equal(attend(ops, batch, [(row, last, length)], window), rows[row][last:])  # prefix hit
+        decodes = attend(ops, batch, [(row, length - 1, length) for row, length in enumerate(lengths)], window)
+        assert torch.equal(decodes, torch.stack([row[-1] for row in rows]))
+        for chunk in (1, 7, 64, 500):
+            steps = range(1000 if chunk == 1 else 0, 1200, chunk)
+            parts = [attend(ops, batch, [(3, 0, 5), (0, s, min(s + chunk, 1200))], window)[5:] for s in steps]
+            assert torch.equal(torch.cat(parts), rows[0][steps.start :])
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- norms, rotary, activation, cache -------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(rows=st.integers(0, 40), n=st.integers(1, 300), dtype=DTYPES, seed=SEEDS)
+@example(rows=70, n=1024, dtype=torch.bfloat16, seed=1)  # enough for several threads
+def test_norms_agree_with_the_reference(ops, rows, n, dtype, seed) -> None:
+    x, residual = normal(seed, rows, n, dtype=dtype), normal(seed + 1, rows, n, dtype=dtype)
+    weight = normal(seed + 2, n, dtype=dtype)
+    assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), 4.0)
+    actual, expected = ops.add_rms_norm(x, residual, weight, 1e-6), reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(actual[1], expected[1])
+    assert_close(actual[0], expected[0], 4.0)
+
+
+@settings(max_examples=30)
+@given(
+    tokens=st.integers(0, 12),
+    heads=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 32, 64, 80, 96, 128, 256]),
+    dtype=DTYPES,
+    seed=SEEDS,
+)
+@example(tokens=100, heads=16, kv_heads=8, head_dim=128, dtype=torch.bfloat16, seed=1)
+def test_rotary_and_cache_write_equal_the_reference(ops, tokens, heads, kv_heads, head_dim, dtype, seed) -> None:
+    """Bit for bit, on views into the product q | k | v, as the model has them."""
+    qkv = normal(seed, tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    cos, sin = (normal(seed + i, tokens, 1, head_dim, dtype=dtype) for i in (1, 2))
+    actual, expected = ops.rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    slots = torch.randperm(tokens + 20, generator=torch.Generator().manual_seed(seed))[:tokens]
+    blocks = (-(-(tokens + 20) // 8), 8, kv_heads, head_dim)
+    caches = [normal(5, *blocks, dtype=dtype) for _ in range(4)]
+    ops.write_kv(actual[1], v, caches[0], caches[1], slots)
+    reference.write_kv(expected[1], v, caches[2], caches[3], slots)
+    assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+
+
+@settings(max_examples=30)
+@given(rows=st.integers(0, 20), n=st.integers(1, 300), dtype=DTYPES, seed=SEEDS, spread=st.sampled_from([1.0, 30.0]))
+@example(rows=20, n=3072, dtype=torch.bfloat16, seed=1, spread=3.0)
+def test_silu_and_mul_agrees_with_the_reference(ops, rows, n, dtype, seed, spread) -> None:
+    x = (normal(seed, rows, 2 * n, dtype=torch.float32) * spread).to(dtype)
+    assert_close(ops.silu_and_mul(x), reference.silu_and_mul(x), 4.0)
+
+
+def test_silu_of_numbers_at_the_edges(ops) -> None:
+    """Where exp overflows or vanishes, and what is not a number."""
+    gate = torch.tensor([-1e30, -104.0, -88.8, -0.0, 0.0, 88.0, 1e30, float("inf"), float("nan")])
+    x = torch.cat((gate, torch.ones(9)))[None]
+    torch.testing.assert_close(ops.silu_and_mul(x), reference.silu_and_mul(x), rtol=1e-6, atol=1e-36, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rounding_is_to_nearest_even_for_every_number(ops, dtype: torch.dtype) -> None:
+    """A product with 1 and a sum with 0, over all 16-bit patterns."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    x = bits.view(torch.bfloat16).float().to(dtype)[None]
+    one_more = x + x * 2**-9
+    zero = torch.zeros_like(x)
+    _, total = ops.add_rms_norm(one_more, zero, torch.ones_like(x[0]), 1.0)
+    finite = one_more.isfinite()
+    assert torch.equal(total[finite], one_more[finite])
+    assert torch.equal(total.isnan(), one_more.isnan())
+
+
+def test_an_instruction_set_the_machine_lacks_is_an_error() -> None:
+    with pytest.raises(ParameterError, match="NANOVLLM_CPU_ISA"):
+        cpu_library.load_library("avx1024")
