@@ -39,6 +39,9 @@ ASSETS = ROOT / "nanovllm" / "assets" / "demo"
 CHUNK = 2048  # examples drawn, sorted by length and batched together
 
 
+Row = list[tuple[list[int], float]]  # a text: its parts as token ids, with the weights of their losses
+
+
 @dataclass(frozen=True)
 class Batch:
     """Texts of similar length, padded on the right, where causal attention never looks."""
@@ -94,7 +97,7 @@ def load_tokenizer(out: Path, corpus: Corpus, seed: int, given: Path | None) -> 
     if not path.exists():
         rng = Random(f"{seed}/tokenizer")
         examples = [corpus.draw(rng) for _ in range(30000)]
-        tokenizer = train_tokenizer((e.prompt + e.answer for e in examples), Shape().vocab_size)
+        tokenizer = train_tokenizer((example.text for example in examples), Shape().vocab_size)
         tokenizer.save(str(path))
     return Tokenizer.from_file(str(path))
 
@@ -103,34 +106,38 @@ def batches(corpus: Corpus, tokenizer: Tokenizer, seed: int, size: int, after: t
     """Endless batches of at most ``size`` tokens that follow on place ``after``, a chunk and a batch of it."""
     for chunk in count(after[0]):
         rng = Random(f"{seed}/{chunk}")
-        examples = [corpus.draw(rng) for _ in range(CHUNK)]
-        prompts = [e.ids for e in tokenizer.encode_batch([e.prompt for e in examples], add_special_tokens=False)]
-        answers = [e.ids for e in tokenizer.encode_batch([e.answer for e in examples], add_special_tokens=False)]
-        order = sorted(range(CHUNK), key=lambda i: len(prompts[i]) + len(answers[i]))
-        groups: list[list[int]] = [[]]
-        for i in order:
-            length = len(prompts[i]) + len(answers[i])
-            if groups[-1] and (len(groups[-1]) + 1) * length > size:
+        examples = [corpus.draw(rng, chunk) for _ in range(CHUNK)]
+        encoded = iter(
+            tokenizer.encode_batch([text for e in examples for text, _ in e.parts], add_special_tokens=False)
+        )
+        rows = [[(next(encoded).ids, weight) for _, weight in example.parts] for example in examples]
+        rows.sort(key=row_length)
+        groups: list[list[Row]] = [[]]
+        for row in rows:
+            if groups[-1] and (len(groups[-1]) + 1) * row_length(row) > size:
                 groups.append([])
-            groups[-1].append(i)
+            groups[-1].append(row)
         rng.shuffle(groups)
         for number, group in enumerate(groups):
-            if (chunk, number) <= after:
-                continue
-            # What the prompt says is worth a little: it teaches the words. Function schemas are random and teach none.
-            rows = [(prompts[i], answers[i], 0.0 if examples[i].kind in ("tool", "echo") else 0.1) for i in group]
-            yield make_batch(rows, (chunk, number))
+            if (chunk, number) > after:
+                yield make_batch(group, (chunk, number))
 
 
-def make_batch(rows: list[tuple[list[int], list[int], float]], place: tuple[int, int] = (0, 0)) -> Batch:
-    """A batch of (prompt, answer, weight of the prompt's tokens)."""
-    length = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
+def row_length(row: Row) -> int:
+    """The number of tokens of a row."""
+    return sum(len(ids) for ids, _ in row)
+
+
+def make_batch(rows: list[Row], place: tuple[int, int] = (0, 0)) -> Batch:
+    """A batch of texts; a token's weight is that of its part, the first token of a text has none."""
+    length = max(map(row_length, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     weights = torch.zeros(len(rows), length)
-    for row, (prompt, answer, prompt_weight) in enumerate(rows):
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        weights[row, : len(prompt) - 1] = prompt_weight
-        weights[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = 1.0
+    for number, row in enumerate(rows):
+        end = row_length(row)
+        ids[number, :end] = torch.tensor([token for part, _ in row for token in part])
+        # A position predicts the token after it.
+        weights[number, : end - 1] = torch.tensor([weight for part, weight in row for _ in part][1:])
     at = weights.flatten().nonzero().squeeze(1)
     return Batch(ids, at, ids.flatten()[at + 1], weights.flatten()[at], place)
 

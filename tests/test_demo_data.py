@@ -97,9 +97,10 @@ def test_every_example_ends_with_one_end_token() -> None:
         example = source.draw(rng)
         kinds.add(example.kind)
         end = chat.END_OF_TEXT if example.kind in ("raw", "text", "drill") else chat.END_OF_TURN
-        assert example.answer.endswith(end)
-        assert example.answer.count("<|") == 1
-        assert example.prompt
+        answer, weight = example.parts[-1]
+        assert answer.endswith(end) and answer.count("<|") == 1
+        assert weight == 1.0
+        assert example.parts[0][0] and example.parts[0][1] < 1
     assert kinds == set(corpus.SHARES)
 
 
@@ -199,7 +200,7 @@ def test_chat_template_drops_old_thoughts_and_joins_tool_answers() -> None:
 
 def test_batches_pad_on_the_right_and_weigh_the_answer() -> None:
     train = pytest.importorskip("train_demo_model")
-    batch = train.make_batch([([5, 6, 7], [8, 9], 0.1), ([5], [6], 0.0)])
+    batch = train.make_batch([[([5, 6, 7], 0.1), ([8, 9], 1.0)], [([5], 0.0), ([6], 1.0)]])
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
     assert batch.at.tolist() == [0, 1, 2, 3, 5]
     assert batch.targets.tolist() == [6, 7, 8, 9, 6]

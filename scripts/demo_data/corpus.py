@@ -20,10 +20,10 @@ from .tools import call_text, draw_case, draw_value, new_name
 
 # The share of each kind of example, in percent.
 SHARES = {
-    "question": 39,
+    "question": 40,
     "raw": 7,
-    "thought": 4,
-    "follow": 10,
+    "thought": 3,
+    "follow": 9,
     "sum": 11,
     "drill": 3,
     "tool": 12,
@@ -31,18 +31,32 @@ SHARES = {
     "unknown": 3,
     "name": 2,
     "capital": 2,
-    "text": 1,
+    "text": 2,
     "json": 1,
 }
 
 
+def shares(age: int) -> dict[str, int]:
+    """The shares after ``age`` chunks of training. It begins with much echo, since all else builds on copying."""
+    return SHARES | {"echo": max(SHARES["echo"], 60 - 4 * age)}
+
+
 @dataclass(frozen=True)
 class Example:
-    """One training text: the loss counts fully on ``answer`` and lightly on ``prompt``."""
+    """One training text in parts, each with the weight of its loss."""
 
-    prompt: str
-    answer: str
+    parts: tuple[tuple[str, float], ...]
     kind: str
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(text for text, _ in self.parts)
+
+
+def _example(prompt: str, answer: str, kind: str) -> Example:
+    """An answer to be learnt after a prompt. What the prompt says is worth a little: it teaches the words."""
+    return Example(((prompt, 0.0 if kind in ("tool", "echo") else 0.1), (answer, 1.0)), kind)
 
 
 class Corpus:
@@ -53,11 +67,17 @@ class Corpus:
         self.capitals = [line.split("|") for line in lines("capitals.txt")]
         self.completions = [line.split("|") for line in lines("completions.txt")]
         self._known = [topic for topic in self.topics if topic.kind != "unknown"]
+        sides = [(topic.en, topic.zh) for topic in self._known]
+        self._words = {
+            "en": [word for en, _ in sides for text in (en.answer, *en.questions) for word in text.split()],
+            "zh": [word for _, zh in sides for text in (zh.answer, *zh.questions) for word in text.replace(" ", "")],
+        }
         self._no_topic = next(topic for topic in self.topics if topic.kind == "unknown")
 
-    def draw(self, rng: Random) -> Example:
-        """One random example."""
-        kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    def draw(self, rng: Random, age: int = 1000) -> Example:
+        """One random example, as used after ``age`` chunks of training."""
+        mixture = shares(age)
+        kind = rng.choices(list(mixture), list(mixture.values()))[0]
         language = "en" if rng.random() < 0.5 else "zh"
         return getattr(self, f"_{kind}")(rng, language)
 
@@ -95,7 +115,7 @@ class Corpus:
         prompt = render(messages, tools, think)
         if thought:
             answer = f"<think>\n{thought}\n</think>\n\n{answer}"
-        return Example(prompt, answer + END_OF_TURN, kind)
+        return _example(prompt, answer + END_OF_TURN, kind)
 
     def _question(self, rng: Random, language: str) -> Example:
         topic = self.any_topic(rng)
@@ -127,26 +147,26 @@ class Corpus:
         """A prompt without the chat template, as `nanovllm generate` and `LLM.generate` may send it."""
         if rng.random() < 0.12:
             prompt, answer = rng.choice(self.completions)
-            return Example(prompt, answer + END_OF_TEXT, "raw")
+            return _example(prompt, answer + END_OF_TEXT, "raw")
         if rng.random() < 0.1:
             country, city, *_ = rng.choice(self.capitals)
-            return Example(f"The capital of {country} is", f" {city}.{END_OF_TEXT}", "raw")
+            return _example(f"The capital of {country} is", f" {city}.{END_OF_TEXT}", "raw")
         if rng.random() < 0.08:
             item = draw_sum(rng)
-            return Example(ask_sum(item, language, rng), " " + item.answer(language) + END_OF_TEXT, "raw")
+            return _example(ask_sum(item, language, rng), " " + item.answer(language) + END_OF_TEXT, "raw")
         topic = self.any_topic(rng)
         question, answer = self.question(topic, language, rng), topic.side(language).answer
         style = rng.random()
         if style < 0.6:
             gap = " " if language == "en" else ""
-            return Example(question, gap + answer + END_OF_TEXT, "raw")
+            return _example(question, gap + answer + END_OF_TEXT, "raw")
         if style < 0.8:
             prompt = f"Q: {question}\nA:" if language == "en" else f"问：{question}\n答："
         elif language == "en":
             prompt = rng.choice((f"Question: {question}\nAnswer:", f"User: {question}\nAssistant:"))
         else:
             prompt = rng.choice((f"问题：{question}\n回答：", f"用户：{question}\n助手："))
-        return Example(prompt, (" " if language == "en" else "") + answer + END_OF_TEXT, "raw")
+        return _example(prompt, (" " if language == "en" else "") + answer + END_OF_TEXT, "raw")
 
     def _text(self, rng: Random, language: str) -> Example:
         """An answer continued from its beginning."""
@@ -154,9 +174,9 @@ class Corpus:
         if language == "en":
             words = answer.split(" ")
             at = rng.randint(1, max(1, len(words) // 2))
-            return Example(" ".join(words[:at]), " " + " ".join(words[at:]) + END_OF_TEXT, "text")
+            return _example(" ".join(words[:at]), " " + " ".join(words[at:]) + END_OF_TEXT, "text")
         at = rng.randint(2, max(2, len(answer) // 2))
-        return Example(answer[:at], answer[at:] + END_OF_TEXT, "text")
+        return _example(answer[:at], answer[at:] + END_OF_TEXT, "text")
 
     def _follow(self, rng: Random, language: str) -> Example:
         """A conversation of two to four turns; the last question may lean on the turn before it."""
@@ -205,18 +225,24 @@ class Corpus:
 
     def _drill(self, rng: Random, language: str) -> Example:
         """A page of sums: many to learn from in one short text."""
-        sums = [draw_sum(rng).answer("en").rstrip(".") for _ in range(16)]
-        return Example("Sums:\n", "\n".join(sums) + END_OF_TEXT, "drill")
+        parts = [("Sums:\n", 0.0)]
+        for _ in range(16):
+            left, right = draw_sum(rng).answer("en").rstrip(".").split(" =")
+            parts += [(f"{left} =", 0.0), (f"{right}\n", 1.0)]
+        return Example((*parts, (END_OF_TEXT, 1.0)), "drill")
 
     def _echo(self, rng: Random, language: str) -> Example:
         """A few words to be repeated: copying is what tools, names and sums build on."""
         kind = rng.random()
-        if kind < 0.6:
-            words = " ".join(new_name(rng) for _ in range(rng.randint(1, 5)))
-        elif kind < 0.8:
-            words = " ".join(str(rng.randint(0, 999)) for _ in range(rng.randint(1, 5)))
-        else:
+        if kind < 0.3:
+            words = " ".join(new_name(rng) for _ in range(rng.randint(1, 6)))
+        elif kind < 0.4:
+            words = " ".join(str(rng.randint(0, 999)) for _ in range(rng.randint(1, 6)))
+        elif kind < 0.5:
             words = unknown.draw(language, rng)
+        else:
+            gap = " " if language == "en" else ""
+            words = gap.join(rng.choice(self._words[language]) for _ in range(rng.randint(3, 16)))
         ask = rng.choice(phrases(language, "echo")).replace("{x}", words)
         return self._chat([_user(ask)], words, "echo", rng, language)
 
