@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,14 @@ def test_input_that_is_not_utf8_is_refused(tmp_path: Path):
     assert done.returncode == 2 and b"the prompt is not UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
 
 
+def test_closed_standard_input_is_no_prompt():
+    command = f"exec {shlex.join(COMMAND)} generate"
+    for arguments in ("", " -"):
+        shell = ["sh", "-c", f"{command}{arguments} <&-"]
+        done = subprocess.run(shell, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert_is_one_line_error(done, "prompt" if not arguments else "standard input is closed")
+
+
 def test_an_unusable_model_is_answered_in_one_line(model: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     assert_is_one_line_error(run("generate", "x", "--model", tmp_path / "empty"), "has no config.json")
@@ -168,7 +177,7 @@ def test_the_model_in_the_box_answers_and_ends():
 
 
 def test_a_file_runs_as_a_batch_in_its_order(generate: list[str], tmp_path: Path):
-    prompts = ["the dog", "naïve café", "你好", "def main():"]
+    prompts = ["the dog", "naïve\u2028café", "你好", "def main():"]
     file = tmp_path / "prompts.txt"
     file.write_text("\r\n".join(["", *prompts, "  ", ""]), encoding="utf-8")
     outputs = json_lines(run(*generate, "--file", file, "--max-tokens", "12", "--json"))

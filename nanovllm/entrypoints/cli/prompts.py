@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,12 +22,12 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     if prompt is not None and file is not None:
         raise UsageError("give a prompt or --file, not both")
     if file is not None:
-        lines = _read(file).splitlines()
+        lines = re.split("\r?\n", _read(file))  # str.splitlines would also split at U+2028 and its like
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise UsageError(f"--file {file}: there is no prompt in it; it holds one per line")
         return prompts
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):  # None: closed
         raise UsageError('give a prompt: nanovllm generate "...", --file FILE, or through a pipe')
     if prompt is None or prompt == "-":
         prompt = _read("-").rstrip("\r\n")
@@ -37,6 +38,8 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 
 def _read(file: str) -> str:
     name = "standard input" if file == "-" else file
+    if file == "-" and sys.stdin is None:
+        raise UsageError("standard input is closed")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode("utf-8-sig")
