@@ -70,5 +70,22 @@ void nanovllm_write_kv(const void* k, const void* v, void* k_cache, void* v_cach
 
 // out [rows, n] = silu(gate) * up, where x [rows, 2n] = gate | up.
 void nanovllm_silu_and_mul(const void* x, void* out, int64_t rows, int64_t n, int32_t dtype);
+
+// Linear layers, float32 or bfloat16 (with an even number of inputs). A weight [outputs, inputs] is packed once.
+int64_t nanovllm_packed_bytes(int64_t outputs, int64_t inputs, int32_t dtype);
+void nanovllm_pack_linear(const void* weight, int64_t outputs, int64_t inputs, int64_t stride, void* packed,
+                          int32_t dtype);
+
+// out [rows, outputs] = x [rows, inputs] W^T + bias
+struct LinearArguments {
+    const void* x;
+    const void* packed;
+    const void* bias;  // [outputs] or null
+    void* out;
+    int64_t rows, inputs, outputs;
+    int64_t x_stride;  // even for bfloat16
+    int32_t dtype;
+};
+void nanovllm_linear(const LinearArguments* arguments);
 }
 #pragma GCC visibility pop

@@ -202,6 +202,47 @@ def test_rounding_is_to_nearest_even_for_every_number(ops, dtype: torch.dtype) -
     assert torch.equal(total.isnan(), one_more.isnan())
 
 
+# ---- linear -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(0, 20),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 200),
+    bias=st.booleans(),
+    dtype=DTYPES,
+    seed=SEEDS,
+)
+@example(rows=400, inputs=64, outputs=130, bias=True, dtype=torch.bfloat16, seed=1)  # more than one task's rows
+def test_linear_agrees_with_the_reference(ops, rows, inputs, outputs, bias, dtype, seed) -> None:
+    x, weight = normal(seed, rows, inputs, dtype=dtype), normal(seed + 1, outputs, inputs, dtype=dtype)
+    b = normal(seed + 2, outputs, dtype=dtype) if bias else None
+    expected = x.double() @ weight.double().T + (b.double() if bias else 0.0)
+    actual = ops.linear(x, ops.pack_linear(weight), b)
+    error = 1e-5 * inputs**0.5 + torch.finfo(dtype).eps * expected.abs()
+    assert actual.dtype == dtype and ((actual.double() - expected).abs() <= error).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_of_a_row_is_the_same_bits_in_any_batch(ops, dtype: torch.dtype) -> None:
+    """Any number of rows, also as a view of wider rows, on any number of threads."""
+    weight, bias = normal(1, 200, 300, dtype=dtype), normal(2, 200, dtype=dtype)
+    wide = normal(3, 500, 700, dtype=dtype)
+    x = wide[:, 100:400]
+    packed = ops.pack_linear(weight)
+    expected = torch.cat([ops.linear(row[None], packed, bias) for row in x])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for rows in (2, 3, 5, 6, 7, 32, 193, 500):
+                assert torch.equal(ops.linear(x[:rows], packed, bias), expected[:rows])
+                assert torch.equal(ops.linear(x[-rows:].clone(), packed, bias), expected[-rows:])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_instruction_set_the_machine_lacks_is_an_error() -> None:
     with pytest.raises(ParameterError, match="NANOVLLM_CPU_ISA"):
         cpu_library.load_library("avx1024")

@@ -20,12 +20,13 @@ def operators(base: Operators) -> Operators:
     from nanovllm.ops.cpu.attention import CpuAttention
     from nanovllm.ops.cpu.elementwise import Elementwise
     from nanovllm.ops.cpu.library import load_library
+    from nanovllm.ops.cpu.linear import CpuLinear
 
     library = load_library()
     if library is None:
         logger.warning("No C++ kernels: running on torch's operators. Build them: python -m nanovllm.ops.cpu.build")
         return base
-    attention, elementwise = CpuAttention(library, base), Elementwise(library, base)
+    attention, elementwise, linear = CpuAttention(library, base), Elementwise(library, base), CpuLinear(library, base)
     return replace(
         base,
         rms_norm=elementwise.rms_norm,
@@ -33,6 +34,8 @@ def operators(base: Operators) -> Operators:
         rotary=elementwise.rotary,
         silu_and_mul=elementwise.silu_and_mul,
         write_kv=elementwise.write_kv,
+        pack_linear=linear.pack_linear,
+        linear=linear.linear,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
     )

@@ -49,6 +49,16 @@ class QkvArguments(ctypes.Structure):
     )
 
 
+class LinearArguments(ctypes.Structure):
+    """struct LinearArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "packed", "bias", "out")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "x_stride")),
+        ("dtype", c_int32),
+    )
+
+
 _P, _N, _I, _F = c_void_p, c_int64, c_int32, c_float
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "paged_attention": (ctypes.POINTER(AttentionArguments),),
@@ -58,6 +68,9 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "norm_rotate_write": (ctypes.POINTER(QkvArguments),),
     "write_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _N, _N, _N),
     "silu_and_mul": (_P, _P, _N, _N, _I),
+    "pack_linear": (_P, _N, _N, _N, _P, _I),
+    "linear": (ctypes.POINTER(LinearArguments),),
+    "packed_bytes": (_N, _N, _I),
 }
 
 
@@ -70,7 +83,8 @@ class Library:
         self.instruction_set = instruction_set
         for name, argument_types in _FUNCTIONS.items():
             function = getattr(library, f"nanovllm_{name}")
-            function.argtypes, function.restype = argument_types, None
+            function.argtypes = argument_types
+            function.restype = c_int64 if name == "packed_bytes" else None
             setattr(self, name, function)
 
 
