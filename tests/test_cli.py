@@ -47,7 +47,7 @@ def start(*arguments: str | Path, stdout: int = subprocess.PIPE) -> subprocess.P
 
 def json_lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.removesuffix("\n").split("\n")]
 
 
 def assert_is_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
