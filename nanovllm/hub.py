@@ -15,7 +15,7 @@ _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenize
 
 
 def wants_modelscope(use_modelscope: bool | None = None) -> bool:
-    """Whether hub ids are looked up on ModelScope: by option, else by ``NANOVLLM_USE_MODELSCOPE`` or vLLM's variable."""
+    """Whether hub ids are looked up on ModelScope: by option, by ``NANOVLLM_USE_MODELSCOPE``, or by vLLM's variable."""
     if use_modelscope is not None:
         return use_modelscope
     value = os.environ.get("NANOVLLM_USE_MODELSCOPE", os.environ.get("VLLM_USE_MODELSCOPE", ""))
@@ -41,7 +41,7 @@ def resolve_model_path(
         ModelError: nothing is found under that name; the message says what was tried.
     """
     name = os.fspath(model)
-    if name == DEMO_MODEL and not Path(name).is_dir():
+    if name == DEMO_MODEL:  # always ours; a folder of that name is ./demo
         if not (DEMO_PATH / "config.json").is_file():
             raise ModelError(f"the model in the box is missing from {DEMO_PATH}: reinstall nano-vllm-ascend")
         return DEMO_PATH

@@ -292,15 +292,12 @@ class LLM:
         return [self._finished.pop(request_id) for request_id in ids]
 
 
-def _as_prompts(prompts: Any) -> Sequence[PromptType]:
+def _as_prompts(prompts: Any) -> list[PromptType]:
     """A list of prompts from one prompt (text, dict, list of ids) or a sequence of them."""
     if isinstance(prompts, (str, dict)):
         return [prompts]
-    if not isinstance(prompts, Sequence):
-        prompts = list(prompts)
-    if prompts and isinstance(prompts[0], int):
-        return [list(prompts)]
-    return prompts
+    listed = list(prompts)
+    return [listed] if listed and isinstance(listed[0], int) else listed
 
 
 def _one_each(name: str, values: Any, count: int, kind: type) -> Sequence[Any]:
