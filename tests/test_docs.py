@@ -308,7 +308,7 @@ def test_every_feature_that_works_names_what_shows_it():
     for line in (ROOT / "docs" / "features.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("|") and not line.startswith(("| feature", "|---")):
             _, state, proof = (cell.strip() for cell in line.strip("|").split(" | "))
-            assert state.startswith(("works", "planned")) and state.startswith("works") == bool(proof), line
+            assert state.startswith(("work", "planned")) and state.startswith("work") == bool(proof), line
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/learning-path.md"])
