@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
 from nanovllm.engine.core import EngineCore, Executor
 from nanovllm.engine.family import derive_seed, make_family
+from nanovllm.engine.garbage import collect_rarely
 from nanovllm.engine.input import InputProcessor
 from nanovllm.engine.llm_engine import fit_context
 from nanovllm.engine.output import OutputProcessor
@@ -48,6 +49,7 @@ class AsyncLLM:
             from nanovllm.executor import create_executor
 
             executor = create_executor(config)
+        collect_rarely()
         self.config = fit_context(config, executor.num_blocks)
         self.core = EngineCore(self.config, executor)
         self.input = InputProcessor(self.config)

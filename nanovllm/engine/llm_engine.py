@@ -11,6 +11,7 @@ from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
 from nanovllm.engine.beam_search import BeamSearch
 from nanovllm.engine.core import EngineCore, Executor
 from nanovllm.engine.family import derive_seed, make_family
+from nanovllm.engine.garbage import collect_rarely
 from nanovllm.engine.input import InputProcessor
 from nanovllm.engine.output import OutputProcessor
 from nanovllm.engine.plan import EngineOutput
@@ -51,6 +52,7 @@ class LLMEngine:
             from nanovllm.executor import create_executor
 
             executor = create_executor(config)
+        collect_rarely()
         self.config = fit_context(config, executor.num_blocks)
         self.core = EngineCore(self.config, executor)
         self.input = InputProcessor(self.config)

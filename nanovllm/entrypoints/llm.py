@@ -294,9 +294,7 @@ class LLM:
 
 def _as_prompts(prompts: Any) -> list[PromptType]:
     """A list of prompts from one prompt (text, dict, list of ids) or a sequence of them."""
-    if isinstance(prompts, (str, dict)):
-        return [prompts]
-    listed = list(prompts)
+    listed: list[Any] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
     return [listed] if listed and isinstance(listed[0], int) else listed
 
 
