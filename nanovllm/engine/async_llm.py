@@ -13,13 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
-from nanovllm.engine.core import EngineCore, Executor
-from nanovllm.engine.family import derive_seed, make_family
-from nanovllm.engine.garbage import collect_rarely
-from nanovllm.engine.input import InputProcessor
-from nanovllm.engine.llm_engine import fit_context
-from nanovllm.engine.output import OutputProcessor
+from nanovllm.config import EngineConfig
+from nanovllm.engine.core import Executor
+from nanovllm.engine.face import EngineFace
 from nanovllm.engine.plan import EngineOutput
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError, StepError
 from nanovllm.outputs import RequestOutput
@@ -34,44 +30,22 @@ Command = Callable[[], object]
 Stream = asyncio.Queue[RequestOutput | BaseException]
 
 
-class AsyncLLM:
-    """Many streams at once over one engine.
+class AsyncLLM(EngineFace):
+    """Many streams at once over one engine, which runs on a thread of its own.
 
     All coroutines of one instance must run on the same event loop.
-
-    Args:
-        config: from ``EngineArgs.build()``.
-        executor: where the model runs; None makes the one the configuration asks for.
     """
 
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        if executor is None:
-            from nanovllm.executor import create_executor
-
-            executor = create_executor(config)
-        collect_rarely()
-        self.config = fit_context(config, executor.num_blocks)
-        self.core = EngineCore(self.config, executor)
-        self.input = InputProcessor(self.config)
-        self.output = OutputProcessor(self.input.tokenizer)
+        super().__init__(config, executor)
         self.dead_error: BaseException | None = None
         self._streams: dict[str, Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._num_requests = 0
         self._commands: list[Command] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="nanovllm-core", daemon=True)
         self._thread.start()
-
-    @classmethod
-    def from_engine_args(cls, args: EngineArgs, **_: Any) -> AsyncLLM:
-        """Build the configuration and the engine."""
-        return cls(args.build())
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.config.model
 
     # -- for the event loop --------------------------------------------------------------------------------------
 
@@ -98,10 +72,7 @@ class AsyncLLM:
         self._streams[request_id] = stream
         try:
             params = sampling_params if sampling_params is not None else self.input.default_params()
-            prepared = await asyncio.to_thread(self.input.process, prompt, params)
-            seed = derive_seed(self.config.seed, self._num_requests)
-            self._num_requests += 1
-            family = make_family(request_id, prepared, self.config.model.max_model_len, seed)
+            prepared, family = await asyncio.to_thread(self._prepare, request_id, prompt, params)
             self.output.add(request_id, prepared, params, [member.request_id for member in family])
 
             def add() -> None:
@@ -139,7 +110,7 @@ class AsyncLLM:
         self._check_alive()
 
     async def get_tokenizer(self) -> Any:
-        return self.input.tokenizer
+        return self.tokenizer
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing changes, while requests hold blocks."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
+from nanovllm.config import EngineConfig
 from nanovllm.engine.beam_search import BeamSearch
-from nanovllm.engine.core import EngineCore, Executor
-from nanovllm.engine.family import derive_seed, make_family
-from nanovllm.engine.garbage import collect_rarely
-from nanovllm.engine.input import InputProcessor
-from nanovllm.engine.output import OutputProcessor
+from nanovllm.engine.core import Executor
+from nanovllm.engine.face import EngineFace
 from nanovllm.engine.plan import EngineOutput
 from nanovllm.errors import ParameterError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
@@ -22,59 +17,15 @@ from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 if TYPE_CHECKING:
     from nanovllm.inputs import PromptType
 
-logger = logging.getLogger(__name__)
 
-
-def fit_context(config: EngineConfig, num_blocks: int) -> EngineConfig:
-    """Shorten the context to what the KV cache holds, with one notice."""
-    capacity = (num_blocks - 1) * config.cache.block_size
-    if config.model.max_model_len <= capacity:
-        return config
-    logger.warning(
-        "max_model_len is shortened from %d to %d tokens: that is what the KV cache holds. For a longer context give "
-        "the cache more memory (kv_cache_memory_bytes) or use a smaller model.",
-        config.model.max_model_len,
-        capacity,
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, max_model_len=capacity))
-
-
-class LLMEngine:
-    """Text face of `EngineCore`.
-
-    Args:
-        config: from ``EngineArgs.build()``.
-        executor: where the model runs; None makes the one the configuration asks for.
-    """
+class LLMEngine(EngineFace):
+    """The engine that its user steps."""
 
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        if executor is None:
-            from nanovllm.executor import create_executor
-
-            executor = create_executor(config)
-        collect_rarely()
-        self.config = fit_context(config, executor.num_blocks)
-        self.core = EngineCore(self.config, executor)
-        self.input = InputProcessor(self.config)
-        self.output = OutputProcessor(self.input.tokenizer)
+        super().__init__(config, executor)
         self._beams: dict[str, BeamSearch] = {}  # request id -> its search
         self._beam_outputs: dict[str, BeamSearchOutput] = {}
-        self._num_requests = 0
         self._closed = False
-
-    @classmethod
-    def from_engine_args(cls, args: EngineArgs, **_: Any) -> LLMEngine:
-        """Build the configuration and the engine."""
-        return cls(args.build())
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.config.model
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer; None with ``skip_tokenizer_init``."""
-        return self.input.tokenizer
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -100,12 +51,9 @@ class LLMEngine:
         if self.output.has(request_id):
             raise ParameterError("a request of this id is under way", "request_id", request_id)
         given = params if params is not None else self.input.default_params()
-        prepared = self.input.process(prompt, given)
-        seed = derive_seed(self.config.seed, self._num_requests)
-        family = make_family(request_id, prepared, self.config.model.max_model_len, seed)
+        prepared, family = self._prepare(request_id, prompt, given)
         self.core.add(family[0], priority, family[1:])
         self.output.add(request_id, prepared, given, [member.request_id for member in family])
-        self._num_requests += 1
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
