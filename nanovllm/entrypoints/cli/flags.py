@@ -97,10 +97,10 @@ _SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
-    """Options for the fields of `EngineArgs`, in groups; ``without`` leaves some out."""
+    """Options for the fields of `EngineArgs`, in groups; ``without`` leaves out fields, or short forms such as ``-q``."""
     for title, helps in ENGINE_HELP.items():
         chosen = {name: text for name, text in helps.items() if name not in without}
-        add_field_flags(parser.add_argument_group(title), EngineArgs, chosen)
+        add_field_flags(parser.add_argument_group(title), EngineArgs, chosen, without=without)
     for name in RETIRED:  # taken, so that vLLM's scripts run; `EngineArgs.from_kwargs` says what became of them
         if name.startswith(("disable_", "use_", "worker_")):
             parser.add_argument(_flag(name), action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -115,12 +115,19 @@ def engine_args(arguments: argparse.Namespace, without: Container[str] = ()) -> 
     return {name: given[name] for name in names if name in given and name not in without}
 
 
-def add_field_flags(group: Any, cls: type, helps: Mapping[str, str], defaults: Mapping[str, Any] | None = None) -> None:
+def add_field_flags(
+    group: Any,
+    cls: type,
+    helps: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
+    without: Container[str] = (),
+) -> None:
     """An option for each field of the dataclass ``cls`` that ``helps`` names.
 
     Args:
         group: a parser or argument group.
         defaults: shown in the help instead of the field's own default.
+        without: short forms that are not to be made.
     """
     names = vars(sys.modules[cls.__module__])
     own = {field.name: field for field in dataclasses.fields(cls)}
@@ -129,7 +136,7 @@ def add_field_flags(group: Any, cls: type, helps: Mapping[str, str], defaults: M
         if default is not None and default is not dataclasses.MISSING and not isinstance(default, bool):
             text += f" (default: {default})"
         hint = eval(str(own[name].type), names)  # annotations are text there (PEP 563)
-        options = [_SHORT[name]] if name in _SHORT else []
+        options = [_SHORT[name]] if name in _SHORT and _SHORT[name] not in without else []
         group.add_argument(
             *options, _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(hint)
         )

@@ -15,8 +15,9 @@ from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_
 from nanovllm.entrypoints.cli.loading import load_llm
 from nanovllm.entrypoints.cli.parser import json_object
 from nanovllm.entrypoints.cli.prompts import read_prompts
+from nanovllm.entrypoints.cli.requests import sampling_params, stream
 from nanovllm.errors import ParameterError
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.entrypoints.llm import LLM
@@ -57,25 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
     SamplingParams(**given)  # refuses nonsense before a model is loaded
     prompts = read_prompts(arguments.prompt, arguments.file)
     with load_llm(engine_args(arguments, without=("seed",)), arguments.verbose) as llm:
-        params = _params(llm, given)
+        params = sampling_params(llm, given, DEFAULT_MAX_TOKENS)
         requests = [_request(llm, arguments, prompt) for prompt in prompts]
         if len(requests) == 1 and params.n == 1 and not arguments.json:
             _stream(llm, requests[0], params)
         else:
             _batch(llm, prompts, requests, params, arguments.json)
     return 0
-
-
-def _params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
-    """The model's defaults under what the user gave."""
-    params = llm.get_default_sampling_params()
-    model = llm.llm_engine.model_config
-    if "max_tokens" not in model.generation_defaults:
-        params.max_tokens = min(DEFAULT_MAX_TOKENS, model.max_model_len)
-    for name, value in given.items():
-        setattr(params, name, value)
-    params.validate()
-    return params
 
 
 def _request(llm: LLM, arguments: argparse.Namespace, prompt: str) -> Any:
@@ -91,14 +80,10 @@ def _request(llm: LLM, arguments: argparse.Namespace, prompt: str) -> Any:
 
 def _stream(llm: LLM, request: Any, params: SamplingParams) -> None:
     """Print one output as it is generated."""
-    engine = llm.llm_engine
-    params.output_kind = RequestOutputKind.DELTA
-    engine.add_request("0", request, params)
     try:
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                sys.stdout.write(output.outputs[0].text)
-                sys.stdout.flush()
+        for output in stream(llm, request, params):
+            sys.stdout.write(output.outputs[0].text)
+            sys.stdout.flush()
     finally:
         sys.stdout.write("\n")  # also after Ctrl-C: the shell's prompt gets a line of its own
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 from nanovllm import __version__
@@ -18,7 +18,10 @@ from nanovllm.errors import ModelError, ParameterError
 # name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, one line of help)
 COMMANDS = {
     "generate": ("nanovllm.entrypoints.cli.generate", "answer a prompt, or complete it, in this process"),
+    "chat": ("nanovllm.entrypoints.cli.chat", "converse with a model, in this process"),
+    "bench": ("nanovllm.entrypoints.cli.bench", "measure throughput or latency"),
     "collect-env": ("nanovllm.entrypoints.cli.collect_env", "describe this machine and installation for a bug report"),
+    "completion": ("nanovllm.entrypoints.cli.completion", "print a script that completes this command in a shell"),
 }
 
 EXIT_USER_ERROR = 2
@@ -61,6 +64,15 @@ def _run(argv: list[str]) -> int:
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if name is not None and name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}{suggestion(name, COMMANDS)} (see nanovllm --help)")
+    arguments = make_parser([] if name is None else [name]).parse_args(argv)
+    if name is None:
+        make_parser([]).print_help()
+        return 0
+    return import_module(COMMANDS[name][0]).run(arguments)
+
+
+def make_parser(names: Collection[str]) -> CommandParser:
+    """The parser of the whole command line, with the options of the commands ``names``."""
     parser = CommandParser(
         prog="nanovllm",
         description="A small, readable, fast LLM inference engine with vLLM's interface.",
@@ -68,13 +80,8 @@ def _run(argv: list[str]) -> int:
     )
     parser.add_argument("-v", "--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=CommandParser)
-    for command, (_, text) in COMMANDS.items():
+    for command, (module, text) in COMMANDS.items():
         chosen = commands.add_parser(command, help=text, description=text[0].upper() + text[1:] + ".")
-        if command == name:
-            module = import_module(COMMANDS[name][0])
-            module.add_arguments(chosen)
-    arguments = parser.parse_args(argv)
-    if name is None:
-        parser.print_help()
-        return 0
-    return module.run(arguments)
+        if command in names:
+            import_module(module).add_arguments(chosen)
+    return parser

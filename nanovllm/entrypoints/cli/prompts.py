@@ -33,7 +33,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
         prompt = _read("-").rstrip("\r\n")
         if not prompt:
             raise UsageError("standard input is empty: no prompt")
-    return [_valid(prompt)]
+    return [valid_text(prompt, "the prompt")]
 
 
 def _read(file: str) -> str:
@@ -51,10 +51,16 @@ def _read(file: str) -> str:
         ) from None
 
 
-def _valid(prompt: str) -> str:
-    """An argument arrives with its undecodable bytes as lone surrogates, which no tokenizer takes."""
+def valid_text(text: str, name: str) -> str:
+    """The text itself.
+
+    An argument, or a line typed, arrives with its undecodable bytes as lone surrogates, which no tokenizer takes.
+
+    Raises:
+        UsageError: such a text; ``name`` says which.
+    """
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"the prompt is not UTF-8 text (position {error.start})") from None
-    return prompt
+        raise UsageError(f"{name} is not UTF-8 text (position {error.start})") from None
+    return text

@@ -1,0 +1,53 @@
+"""What the commands that generate ask of the engine: sampling parameters, and a stream of text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.entrypoints.llm import LLM
+    from nanovllm.inputs import PromptType
+    from nanovllm.outputs import RequestOutput
+
+_numbers = itertools.count()
+
+
+def sampling_params(llm: LLM, given: dict[str, Any], max_tokens: int | None) -> SamplingParams:
+    """The model's own defaults under what the user gave.
+
+    Args:
+        given: fields of `SamplingParams`.
+        max_tokens: if neither the user nor the model says; None means the rest of the context.
+
+    Raises:
+        ParameterError: a value out of range.
+    """
+    params = llm.get_default_sampling_params()
+    model = llm.llm_engine.model_config
+    if "max_tokens" not in model.generation_defaults:
+        params.max_tokens = None if max_tokens is None else min(max_tokens, model.max_model_len)
+    for name, value in given.items():
+        setattr(params, name, value)
+    params.validate()
+    return params
+
+
+def stream(llm: LLM, prompt: PromptType, params: SamplingParams) -> Iterator[RequestOutput]:
+    """What is new of one request, step by step. Closing the iterator ends the request.
+
+    Raises:
+        ParameterError: the prompt or a parameter cannot be honoured.
+    """
+    engine = llm.llm_engine
+    deltas = params.clone()
+    deltas.output_kind = RequestOutputKind.DELTA
+    request_id = engine.add_request(f"stream-{next(_numbers)}", prompt, deltas)
+    try:
+        while engine.has_unfinished_requests():
+            yield from engine.step()
+    finally:
+        engine.abort_request(request_id)
