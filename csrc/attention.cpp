@@ -22,6 +22,7 @@
 #include "buffer.h"
 #include "dtype.h"
 #include "product.h"
+#include "transpose.h"
 
 namespace {
 
@@ -155,6 +156,35 @@ class Attention {
     std::unique_ptr<std::atomic<int>[]> pieces_left;
 };
 
+// Asks for the keys and values of the next tile, a few lines at every step of a product: rows of the cache are too far
+// apart for the hardware to foresee them, and a core can wait for a few lines at a time only.
+class Prefetcher {
+   public:
+    explicit Prefetcher(ptrdiff_t v_offset) : v_offset_(v_offset) {}
+
+    // ``bytes`` at each place, and at v_offset behind it, within ``steps`` steps.
+    void start(const char* const* places, int count, int bytes, int steps) {
+        place_ = places, end_ = places + std::max(0, count);
+        offset_ = 0, bytes_ = bytes;
+        per_step_ = (std::max(0, count) * ((bytes + 63) / 64) + steps - 1) / steps;
+    }
+
+    void step() {
+        for (int i = 0; i < per_step_ && place_ != end_; ++i) {
+            const char* line = *place_ + offset_;
+            __builtin_prefetch(line, 0, 2);
+            __builtin_prefetch(line + v_offset_, 0, 2);
+            offset_ += 64;
+            if (offset_ >= bytes_) offset_ = 0, ++place_;
+        }
+    }
+
+   private:
+    const ptrdiff_t v_offset_;
+    const char *const *place_, *const *end_;
+    int offset_, bytes_, per_step_;
+};
+
 // One thread's work on one unit. Its queries are ordered by KV head, token, query head.
 template <class T>
 struct Attention<T>::Task {
@@ -165,6 +195,8 @@ struct Attention<T>::Task {
     cell *q, *keys, *k, *v, *probabilities;
     float *scores, *corrections, *lane_sums;
     Softmax partition, total;
+    const ptrdiff_t v_offset;  // from a key to its value, in bytes
+    Prefetcher prefetcher;
 
     Task(const Attention& attention, const Unit& its_unit, Workspace& workspace)
         : call(attention),
@@ -173,7 +205,9 @@ struct Attention<T>::Task {
           head_queries(unit.tokens * attention.group),
           queries(unit.heads * head_queries),
           depth(attention.depth),
-          width(attention.width) {
+          width(attention.width),
+          v_offset(static_cast<const char*>(a.v_cache) - static_cast<const char*>(a.k_cache)),
+          prefetcher(v_offset) {
         q = workspace.q.at_least(queries * depth);
         k = workspace.k.at_least(TILE * depth);
         v = workspace.v.at_least(width * TILE_DEPTH);
@@ -186,6 +220,9 @@ struct Attention<T>::Task {
         partition = Softmax(base, queries, width);
         total = Softmax(base + queries * (width + 2), queries, width);
     }
+
+    // How often attend_few lets the prefetcher step in one tile.
+    int prefetch_steps() const { return unit.heads * (TILE / LANES * (depth / 4) + width / PANEL * TILE_DEPTH); }
 
     void load_queries() {
         const int size = call.group * a.head_dim;
@@ -203,90 +240,188 @@ struct Attention<T>::Task {
         const int last = unit.position + unit.tokens - 1;
         const int first = a.window ? std::max(0, unit.position - a.window + 1) : 0;
         const int end = std::min((number + 1) * PARTITION, last + 1);
-        int64_t places[TILE], next_places[TILE];
+        const char *places[TILE], *next_places[TILE];
         for (int key = std::max(number * PARTITION, first / TILE * TILE); key < end; key += TILE) {
             const int count = std::min(TILE, end - key), next_count = std::min(TILE, end - key - TILE);
             find_keys(key, count, places);
-            find_keys(key + TILE, next_count, next_places);
+            if (next_count > 0) find_keys(key + TILE, next_count, next_places);
+            prefetcher.start(next_places, next_count, unit.heads * a.head_stride * sizeof(T), prefetch_steps());
             for (int head = 0; head < unit.heads; ++head) {
-                prefetch(next_places, next_count * head / unit.heads, next_count * (head + 1) / unit.heads);
-                const int64_t offset = (unit.first_head + head) * a.head_stride;
-                pack_keys(static_cast<const T*>(a.k_cache) + offset, places, count);
-                pack_values(static_cast<const T*>(a.v_cache) + offset, places, count);
-                multiply_tile(state, head * head_queries, key);
+                if (head_queries <= MAX_ROWS)
+                    with_row_count(head_queries,
+                                   [&](auto rows) { attend_few<rows.value>(state, head, places, key, count); });
+                else
+                    attend_many(state, head, places, key);
             }
         }
         for (int i = 0; i < queries; ++i) state.sum[i] = sum_of(load(lane_sums + i * LANES));
     }
 
-    // Where in the cache the keys ``first`` .. ``first + count`` begin.
-    void find_keys(int first, int count, int64_t* places) const {
+    // Where in the cache the tile's keys are, for the unit's first head. Their values are ``v_offset`` bytes behind.
+    // The last of them stands in for those beyond ``count``, which nobody sees.
+    void find_keys(int first, int count, const char** places) const {
+        const char* base = static_cast<const char*>(a.k_cache) + unit.first_head * a.head_stride * sizeof(T);
         const int32_t* block = a.block_table + unit.row * a.table_stride + first / a.block_size;
         int in_block = first % a.block_size;
         for (int i = 0; i < count; ++block, in_block = 0) {
-            int64_t place = *block * a.block_stride + in_block * a.token_stride;
-            for (; i < count && in_block < a.block_size; ++i, ++in_block, place += a.token_stride) places[i] = place;
+            const char* place = base + (*block * a.block_stride + in_block * a.token_stride) * sizeof(T);
+            for (; i < count && in_block < a.block_size; ++i, ++in_block, place += a.token_stride * sizeof(T))
+                places[i] = place;
+        }
+        std::fill(places + count, places + TILE, places[count - 1]);
+    }
+
+    // ---- few queries: keys and values go from the cache through registers into the products --------------------------
+
+    template <int ROWS>
+    void attend_few(const Softmax& state, int head, const char* const* places, int key, int count) {
+        const int first = head * ROWS;
+        score_few<ROWS>(q + first * depth, head, places, count);
+        for (int i = 0; i < ROWS; ++i) update(state, first + i, i, key);
+        add_few<ROWS>(state.output + first * width, head, places, count);
+    }
+
+    // scores = Q K^T, LANES keys at a time; what is not computed is not visible either.
+    template <int ROWS>
+    void score_few(const cell* queries_of_head, int head, const char* const* places, int count) {
+        const int64_t offset = head * a.head_stride * sizeof(T);
+        const bool in_place = !std::is_same<T, fp16>::value && a.block_size % LANES == 0;  // LANES keys share a block
+        for (int group = 0; group < count; group += LANES) {
+            const cell* rows = reinterpret_cast<const cell*>(places[group] + offset);
+            ptrdiff_t stride = a.token_stride / PER_CELL;
+            if (!in_place) {
+                gather_keys(places + group, LANES, offset);
+                rows = keys, stride = depth;
+            }
+            f32v sums[ROWS] = {};
+            int i = 0;
+            for (; i + 4 <= depth; i += 4) {
+                u32v columns[4];
+                transpose_four(rows + i, stride, columns);
+                prefetcher.step();
+                for (int c = 0; c < 4; ++c)
+                    for (int row = 0; row < ROWS; ++row)
+                        sums[row] =
+                            Cells::add_product(sums[row], splat(queries_of_head[row * depth + i + c]), columns[c]);
+            }
+            for (; i < depth; ++i) {
+                const u32v column = transpose_one(rows + i, stride);
+                for (int row = 0; row < ROWS; ++row)
+                    sums[row] = Cells::add_product(sums[row], splat(queries_of_head[row * depth + i]), column);
+            }
+            for (int row = 0; row < ROWS; ++row) store(scores + row * TILE + group, sums[row]);
         }
     }
 
-    // Ask for keys and values of the next tile; the unit's heads are neighbours in memory.
-    void prefetch(const int64_t* places, int begin, int end) const {
-        const T* k_head = static_cast<const T*>(a.k_cache) + unit.first_head * a.head_stride;
-        const T* v_head = static_cast<const T*>(a.v_cache) + unit.first_head * a.head_stride;
-        for (int i = begin; i < end; ++i)
-            for (int d = 0; d < unit.heads * a.head_stride; d += 64 / sizeof(T)) {
-                __builtin_prefetch(k_head + places[i] + d, 0, 2);
-                __builtin_prefetch(v_head + places[i] + d, 0, 2);
+    // output = output * correction + P V
+    template <int ROWS>
+    void add_few(float* output, int head, const char* const* places, int count) {
+        const int64_t offset = head * a.head_stride * sizeof(T) + v_offset;
+        for (int column = 0; column < width; column += PANEL, output += PANEL) {
+            Sums<ROWS> sums;
+            load_outputs<ROWS>(sums, output, 0);
+            for (int i = 0; i * PER_CELL < count; ++i) {
+                const T* row = reinterpret_cast<const T*>(places[i * PER_CELL] + offset);
+                const T* next = reinterpret_cast<const T*>(places[i * PER_CELL + PER_CELL - 1] + offset);
+                prefetcher.step();
+                for (int n = 0; n < NV; ++n) {
+                    const u32v values = value_cells(row, next, column + n * LANES);
+                    for (int r = 0; r < ROWS; ++r)
+                        sums[r][n] = Cells::add_product(sums[r][n], splat(probabilities[r * TILE_DEPTH + i]), values);
+                }
             }
+            store_sums<ROWS>(sums, output);
+        }
     }
 
-    // K becomes panels whose columns are keys; columns beyond ``count`` are zero. The keys are first brought together:
-    // memory likes its lines read whole.
-    void pack_keys(const T* head, const int64_t* places, int count) {
-        for (int i = 0; i < count; ++i) copy_cells(head + places[i], a.head_dim, keys + i * depth);
-        std::memset(keys + count * depth, 0, sizeof(cell) * (TILE - count) * depth);
+    // ---- many queries: keys and values become panels first ------------------------------------------------------------
+
+    void attend_many(const Softmax& state, int head, const char* const* places, int key) {
+        pack_keys(places, head);
+        pack_values(places, head);
+        for_row_blocks(head_queries, [&](auto rows, int query) {
+            const int first = head * head_queries + query;
+            score_many<rows.value>(q + first * depth, query);
+            for (int i = 0; i < rows.value; ++i) update(state, first + i, query + i, key);
+            add_many<rows.value>(state.output + first * width, query);
+        });
+    }
+
+    // K becomes panels whose columns are keys.
+    void pack_keys(const char* const* places, int head) {
+        gather_keys(places, TILE, head * a.head_stride * sizeof(T));
         for (int i = 0; i < TILE; i += LANES)
             transpose_into_panel(keys + i * depth, depth, depth, k + i / PANEL * PANEL * depth + i % PANEL);
     }
 
-    // V becomes panels whose columns are dimensions; rows beyond ``count`` are zero.
-    void pack_values(const T* head, const int64_t* places, int count) {
-        for (int i = 0; i < count; ++i) copy_cells(head + places[i], a.head_dim, keys + i * depth);
-        std::memset(keys + count * depth, 0, sizeof(cell) * (TILE - count) * depth);
+    // V becomes panels whose columns are dimensions; a row takes PER_CELL keys.
+    void pack_values(const char* const* places, int head) {
+        const int64_t offset = head * a.head_stride * sizeof(T) + v_offset;
         for (int i = 0; i < TILE_DEPTH; ++i) {
-            const cell* rows = keys + i * PER_CELL * depth;
+            const T* row = reinterpret_cast<const T*>(places[i * PER_CELL] + offset);
+            const T* next = reinterpret_cast<const T*>(places[i * PER_CELL + PER_CELL - 1] + offset);
             cell* to = v + i * PANEL;
-            for (int d = 0; d < a.head_dim; d += LANES)
-                store(to + d / PANEL * PANEL * TILE_DEPTH + d % PANEL, value_cells(rows, d));
+            for (int column = 0; column < width; column += PANEL, to += TILE_DEPTH * PANEL)
+                for (int n = 0; n < PANEL; n += LANES) store(to + n, value_cells(row, next, column + n));
         }
     }
 
-    // Columns d .. d + LANES of a row of V's cells, which takes PER_CELL tokens.
-    u32v value_cells(const cell* rows, int d) const {
-        if (PER_CELL == 1) return load(rows + d);
-        const bf16 *even = reinterpret_cast<const bf16*>(rows), *odd = reinterpret_cast<const bf16*>(rows + depth);
-        return bit_cast<u32v>(load(even + d)) >> 16 | bit_cast<u32v>(load(odd + d));
-    }
-
-    // The tile's keys, which begin at position ``key``, and one head's queries, the first being ``first``.
-    void multiply_tile(const Softmax& state, int first, int key) {
-        for_row_blocks(head_queries, [&](auto rows, int query) {
-            multiply_keys<rows.value>(q + (first + query) * depth, query);
-            for (int i = query; i < query + rows.value; ++i) update(state, first + i, i, key);
-            multiply_values<rows.value>(state.output + (first + query) * width, query);
-        });
-    }
-
-    // scores = Q K^T
     template <int ROWS>
-    void multiply_keys(const cell* q_rows, int query) {
+    void score_many(const cell* query_rows, int query) {
         for (int column = 0; column < TILE; column += PANEL) {
             Sums<ROWS> sums = {};
-            add_products<Cells, ROWS>(sums, q_rows, depth, k + column * depth, depth);
+            add_products<Cells, ROWS>(sums, query_rows, depth, k + column * depth, depth);
             for (int row = 0; row < ROWS; ++row)
                 for (int i = 0; i < NV; ++i)
                     store(scores + (query + row) * TILE + column + i * LANES, sums[row][i]);
         }
+    }
+
+    template <int ROWS>
+    void add_many(float* output, int query) {
+        for (int column = 0; column < width; column += PANEL, output += PANEL) {
+            Sums<ROWS> sums;
+            load_outputs<ROWS>(sums, output, query);
+            add_products<Cells, ROWS>(sums, probabilities + query * TILE_DEPTH, TILE_DEPTH, v + column * TILE_DEPTH,
+                                      TILE_DEPTH);
+            store_sums<ROWS>(sums, output);
+        }
+    }
+
+    // ---- both -----------------------------------------------------------------------------------------------------------
+
+    // Brings ``count`` keys together: where they lie, their cells would be too far apart to be transposed.
+    void gather_keys(const char* const* places, int count, int64_t offset) {
+        for (int i = 0; i < count; ++i)
+            copy_cells(reinterpret_cast<const T*>(places[i] + offset), a.head_dim, keys + i * depth);
+    }
+
+    // Dimensions d .. d + LANES of a row of V's cells; zero beyond head_dim.
+    u32v value_cells(const T* row, const T* next, int d) const {
+        const int count = a.head_dim - d;
+        if (count >= LANES) return join(row + d, next + d);
+        T some[LANES] = {}, next_some[LANES] = {};
+        if (count > 0) {
+            std::memcpy(some, row + d, count * sizeof(T));
+            std::memcpy(next_some, next + d, count * sizeof(T));
+        }
+        return join(some, next_some);
+    }
+    static u32v join(const float* row, const float*) { return bit_cast<u32v>(load(row)); }
+    static u32v join(const fp16* row, const fp16*) { return bit_cast<u32v>(load(row)); }
+    static u32v join(const bf16* row, const bf16* next) { return interleave(row, next); }
+
+    template <int ROWS>
+    void load_outputs(Sums<ROWS>& sums, const float* output, int query) const {
+        for (int row = 0; row < ROWS; ++row)
+            for (int i = 0; i < NV; ++i)
+                sums[row][i] = load(output + row * width + i * LANES) * splat(corrections[query + row]);
+    }
+
+    template <int ROWS>
+    void store_sums(const Sums<ROWS>& sums, float* output) const {
+        for (int row = 0; row < ROWS; ++row)
+            for (int i = 0; i < NV; ++i) store(output + row * width + i * LANES, sums[row][i]);
     }
 
     // Scores -> probabilities, sum, maximum, correction. ``query`` counts within the unit, ``i`` within the head.
@@ -316,21 +451,6 @@ struct Attention<T>::Task {
         store(lane_sums + query * LANES, sum);
     }
 
-    // output = output * correction + P V
-    template <int ROWS>
-    void multiply_values(float* output, int query) {
-        for (int column = 0; column < width; column += PANEL, output += PANEL) {
-            Sums<ROWS> sums;
-            for (int row = 0; row < ROWS; ++row)
-                for (int i = 0; i < NV; ++i)
-                    sums[row][i] = load(output + row * width + i * LANES) * splat(corrections[query + row]);
-            add_products<Cells, ROWS>(sums, probabilities + query * TILE_DEPTH, TILE_DEPTH, v + column * TILE_DEPTH,
-                                      TILE_DEPTH);
-            for (int row = 0; row < ROWS; ++row)
-                for (int i = 0; i < NV; ++i) store(output + row * width + i * LANES, sums[row][i]);
-        }
-    }
-
     void store_outputs() {
         for (int query = 0; query < queries; ++query) {
             const int kv_head = unit.first_head + query / head_queries, i = query % head_queries;
@@ -350,6 +470,8 @@ struct Attention<T>::Task {
     // ``count`` consecutive numbers as cells.
     static void copy_cells(const T* from, int count, cell* to) {
         if (PER_CELL == 2) {
+            for (; count >= 2 * LANES; count -= 2 * LANES, from += 2 * LANES, to += LANES)
+                store(to, load(reinterpret_cast<const cell*>(from)));
             std::memcpy(to, from, count * sizeof(T));
             return;
         }

@@ -12,6 +12,7 @@
 
 #include "dtype.h"
 #include "product.h"
+#include "transpose.h"
 
 namespace {
 

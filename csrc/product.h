@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) void add_products(Sums<ROWS>& sums, const 
     }
 }
 
-// Calls f(std::integral_constant<int, rows>) style: the number of rows becomes a compile-time constant.
+// Calls f(RowCount<rows>): the number of rows becomes a compile-time constant.
 template <int ROWS>
 struct RowCount {
     static constexpr int value = ROWS;
@@ -88,8 +88,3 @@ inline __attribute__((always_inline)) void for_row_blocks(int rows, F&& f) {
         first += count;
     }
 }
-
-// ---- packing ------------------------------------------------------------------------------------------------------
-
-// LANES rows of cells, ``stride`` apart, become LANES columns of a panel: to[i * PANEL + lane] = rows[lane][i], i < depth.
-void transpose_into_panel(const cell* rows, ptrdiff_t stride, int depth, cell* to);

@@ -160,6 +160,19 @@ inline f32v load(const fp16* from) {
 #endif
 }
 
+// Lane i holds low[i] in its lower half and high[i] in its upper half.
+inline u32v interleave(const bf16* low, const bf16* high) {
+#if defined(__AVX512BW__)
+    __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)low));
+    both = _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)high), 1);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (u32v)_mm512_permutexvar_epi16(order, both);
+#else
+    return bit_cast<u32v>(load(low)) >> 16 | bit_cast<u32v>(load(high));
+#endif
+}
+
 inline void store(float* to, f32v v) { std::memcpy(to, &v, sizeof v); }
 
 inline void store(uint32_t* to, u32v v) { std::memcpy(to, &v, sizeof v); }
