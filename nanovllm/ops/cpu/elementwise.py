@@ -19,6 +19,7 @@ class Elementwise:
     def __init__(self, library: Library, base: Operators) -> None:
         self._library = library
         self._base = base
+        self._qkv = QkvArguments()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See ``reference.rms_norm``; x of 2 or 3 dimensions may be a view of something larger."""
@@ -116,22 +117,38 @@ class Elementwise:
         v_cache: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """rms_norm of each q and k head (where there is a weight), rotary and write_kv at once.
+        """``rms_norm`` of each q and k head (where it has a weight), ``rotary`` and ``write_kv`` in one pass.
 
-        qkv [T, H + 2 Hk, D] -> q [T, H, D]; bit for bit what the three operators give one after the other.
+        qkv [T, H + 2 Hk, D] -> q [T, H, D]. The same bits as the three operators one after the other.
         """
         tokens, all_heads, head_dim = qkv.shape
+        block_stride, token_stride, head_stride, element_stride = k_cache.stride()
         kv_heads = k_cache.shape[2]
         heads = all_heads - 2 * kv_heads
+        dtype = DTYPES.get(qkv.dtype)
+        if (
+            dtype is None
+            or not (qkv.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype)
+            or not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous())
+            or k_cache.stride() != v_cache.stride()
+            or element_stride != 1
+        ):
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+            q = q if q_weight is None else self._base.rms_norm(q, q_weight, eps)
+            k = k if k_weight is None else self._base.rms_norm(k, k_weight, eps)
+            q, k = self._base.rotary(q, k, cos, sin)
+            self._base.write_kv(k, v, k_cache, v_cache, slot_mapping)
+            return q
         q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype)
-        arguments = QkvArguments(
-            qkv.data_ptr(),
-            0 if q_weight is None else q_weight.data_ptr(),
-            0 if k_weight is None else k_weight.data_ptr(),
-            cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr(),
-            q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-            tokens, k_cache.shape[1], *k_cache.stride()[:3],
-            heads, kv_heads, head_dim, eps, DTYPES[qkv.dtype],
-        )  # fmt: skip
-        self._library.norm_rotate_write(arguments)
+        call = self._qkv
+        call.qkv, call.q_out = qkv.data_ptr(), q.data_ptr()
+        call.q_weight = None if q_weight is None else q_weight.data_ptr()
+        call.k_weight = None if k_weight is None else k_weight.data_ptr()
+        call.cosine, call.sine, call.slots = cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr()
+        call.k_cache, call.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        call.tokens, call.block_size = tokens, k_cache.shape[1]
+        call.block_stride, call.token_stride, call.head_stride = block_stride, token_stride, head_stride
+        call.heads, call.kv_heads, call.head_dim = heads, kv_heads, head_dim
+        call.eps, call.dtype = eps, dtype
+        self._library.norm_rotate_write(call)
         return q

@@ -47,12 +47,12 @@ class CpuLinear:
         """See ``reference.linear``; a row of the result does not depend on the other rows of x."""
         if not isinstance(packed, PackedWeight):
             return self._base.linear(x, packed, bias)
-        if x.stride(1) != 1 or (x.stride(0) % 2 and x.shape[0] > 1) or x.data_ptr() % 4:
+        rows, inputs = x.shape
+        if not x.is_contiguous() or x.data_ptr() % 4:
             x = x.clone(memory_format=torch.contiguous_format)
-        rows = x.shape[0]
         out = torch.empty((rows, packed.outputs), dtype=packed.dtype)
         call = packed.call
-        call.x, call.out, call.rows, call.x_stride = x.data_ptr(), out.data_ptr(), rows, x.stride(0)
+        call.x, call.out, call.rows, call.x_stride = x.data_ptr(), out.data_ptr(), rows, inputs
         call.bias = None if bias is None else bias.data_ptr()
         self._run(call)
         return out
