@@ -12,7 +12,8 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from nanovllm.errors import ModelError, ParameterError
 from nanovllm.hub import DEMO_MODEL, resolve_model_path
@@ -150,6 +151,14 @@ class EngineArgs:
     distributed_executor_backend: str | None = None
     disable_log_stats: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "download_dir", "chat_template"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+        if not isinstance(self.dtype, str):  # a torch dtype
+            self.dtype = str(self.dtype)
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
         """Build from keyword arguments; retired vLLM names warn, unknown ones raise.
@@ -226,6 +235,7 @@ class EngineArgs:
         )
 
     def _check(self) -> None:
+        self._check_types()
         _one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "hf", "slow"))
         _one_of("load_format", self.load_format, ("auto", "safetensors", "dummy"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
@@ -233,6 +243,7 @@ class EngineArgs:
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
         _one_of("quantization", self.quantization, (None,))
         _one_of("distributed_executor_backend", self.distributed_executor_backend, (None, "uni"))
+        _one_of("disable_log_stats", self.disable_log_stats, (True,))
         modes = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
         _one_of("logprobs_mode", self.logprobs_mode, modes)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
@@ -254,6 +265,18 @@ class EngineArgs:
             )
         if self.long_prefill_token_threshold < 0:
             raise ParameterError("must be >= 0", "long_prefill_token_threshold", self.long_prefill_token_threshold)
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+            if isinstance(value, bool) and bool not in kinds:  # a bool is an int to Python, not to us
+                fits = False
+            else:
+                fits = isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
+            if not fits:
+                wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
+                raise ParameterError(f"{name} must be {wanted}", name, value)
 
     def _tokenizer_path(self, model_path: Path) -> Path | None:
         if self.skip_tokenizer_init:
@@ -309,12 +332,6 @@ class EngineArgs:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                  "frequency_penalty", "max_tokens")  # fmt: skip
         defaults = {n: values[n] for n in names if values.get(n) is not None}
-        if "do_sample" in values and not values["do_sample"]:
-            defaults = {
-                "temperature": 0.0,
-                **{k: v for k, v in defaults.items() if k not in ("top_p", "top_k", "min_p")},
-            }
-            defaults["temperature"] = 0.0
         return {"eos_token_ids": tuple(eos), "generation_defaults": defaults}
 
     def _cache_bytes(self) -> int | None:

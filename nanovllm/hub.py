@@ -12,6 +12,7 @@ DEMO_PATH = Path(__file__).parent / "assets" / "demo"
 
 # What an engine reads of a repository: no pickled weights, no training state, no other framework's files.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+_SECOND_COPIES = ["consolidated*", "original/*"]  # the same weights in the author's own format
 
 
 def wants_modelscope(use_modelscope: bool | None = None) -> bool:
@@ -68,7 +69,12 @@ def _from_huggingface(
 
     try:
         folder = snapshot_download(
-            name, revision=revision, cache_dir=download_dir, token=token, allow_patterns=_patterns(weights)
+            name,
+            revision=revision,
+            cache_dir=download_dir,
+            token=token,
+            allow_patterns=_patterns(weights),
+            ignore_patterns=_SECOND_COPIES,
         )
     except Exception as error:  # the hub client has a dozen kinds; the user needs one sentence
         raise ModelError(
@@ -84,7 +90,13 @@ def _from_modelscope(name: str, revision: str | None, download_dir: str | None, 
     except ImportError as error:
         raise ModelError("ModelScope is asked for but not installed: pip install modelscope") from error
     try:
-        folder = snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=_patterns(weights))
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=_patterns(weights),
+            ignore_patterns=_SECOND_COPIES,
+        )
     except Exception as error:
         raise ModelError(f"model={name!r}: downloading it from ModelScope failed: {error}") from error
     return Path(folder)

@@ -111,6 +111,31 @@ def test_abort_ends_the_stream_with_a_final_output(engine: AsyncLLM):
     asyncio.run(main())
 
 
+def test_abort_while_the_prompt_is_being_tokenised_counts(engine: AsyncLLM):
+    async def main() -> None:
+        task = asyncio.create_task(collect(engine, "a", params=SamplingParams(max_tokens=100, ignore_eos=True)))
+        await asyncio.sleep(0)  # it has begun, and waits for its tokens
+        await engine.abort("a")
+        outputs = await task
+        assert [o.outputs[0].finish_reason for o in outputs] == ["abort"] and outputs[0].finished
+        await quiet(engine)
+        assert not engine._aborted
+
+    asyncio.run(main())
+
+
+def test_ids_that_look_like_those_of_forks_do_not_collide(engine: AsyncLLM):
+    async def main() -> None:
+        two = SamplingParams(n=2, temperature=1.0, max_tokens=8, ignore_eos=True)
+        results = await asyncio.gather(
+            collect(engine, "a", params=two), collect(engine, "0_a"), collect(engine, "1_a"), collect(engine, "0_0_a")
+        )
+        assert [len(outputs[-1].outputs) for outputs in results] == [2, 1, 1, 1]
+        await quiet(engine)
+
+    asyncio.run(main())
+
+
 def test_bad_requests_are_refused_and_leave_nothing(engine: AsyncLLM):
     async def main() -> None:
         with pytest.raises(ParameterError, match="out of vocabulary"):

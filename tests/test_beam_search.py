@@ -9,9 +9,9 @@ import pytest
 from tiny_models import make_checkpoint, reference_logits
 from tiny_tokenizers import qwen
 
-from nanovllm import LLM, BeamSearchParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.engine.invariants import InvariantChecker
-from nanovllm.errors import ParameterError
+from nanovllm.errors import ParameterError, StepError
 
 PROMPTS = [{"prompt_token_ids": [5, 9, 50]}, {"prompt_token_ids": list(range(20, 39))}]
 EOS = 2
@@ -86,6 +86,36 @@ def test_what_beam_search_cannot_honour_is_refused(checkpoint: tuple[Path, Any])
         with pytest.raises(ParameterError, match="beam_width"):
             llm.beam_search([PROMPTS[0]], BeamSearchParams(beam_width=40, max_tokens=3))
         assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_enqueued_requests_survive_a_beam_search(checkpoint: tuple[Path, Any]):
+    path, _ = checkpoint
+    with LLM(str(path), skip_tokenizer_init=True, num_gpu_blocks_override=40, block_size=4) as llm:
+        llm.enqueue([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+        llm.beam_search([PROMPTS[0]], BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True))
+        (output,) = llm.wait_for_completion(use_tqdm=False)
+        assert len(output.token_ids) == 2
+
+
+def test_a_failed_step_ends_the_search_and_nothing_else(checkpoint: tuple[Path, Any]):
+    path, _ = checkpoint
+    with LLM(str(path), skip_tokenizer_init=True, num_gpu_blocks_override=40, block_size=4, max_num_seqs=4) as llm:
+        core = llm.llm_engine.core
+        core.checker = InvariantChecker(core.scheduler)
+        forward = core.executor._runner.model.forward
+        calls = iter(range(100))
+
+        def failing(*arguments: Any) -> Any:
+            if next(calls) == 2:
+                raise ZeroDivisionError("on purpose")
+            return forward(*arguments)
+
+        core.executor._runner.model.forward = failing
+        params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
+        with pytest.raises(StepError, match="on purpose"):
+            llm.beam_search([PROMPTS[0]], params)
+        assert len(llm.beam_search([PROMPTS[0]], params)[0].sequences) == 2
+        core.checker.idle()
 
 
 def test_text_goes_with_the_tokens_and_eos_is_left_out(tmp_path: Path):

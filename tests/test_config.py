@@ -85,7 +85,7 @@ def test_eos_is_the_union_of_both_files(tmp_path: Path):
          {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_tokens": 64}),
         ({"temperature": 0.6}, {"generation_config": "vllm"}, {}),
         ({"temperature": 0.6}, {"override_generation_config": {"temperature": 0.1}}, {"temperature": 0.1}),
-        ({"temperature": 0.6, "top_p": 0.9, "do_sample": False}, {}, {"temperature": 0.0}),
+        ({"temperature": 0.6, "do_sample": False}, {}, {"temperature": 0.6}),  # as vLLM: do_sample is not looked at
         ({"transformers_version": "5.0"}, {}, {}),
     ],
 )  # fmt: skip
@@ -135,6 +135,31 @@ def test_limits_of_a_step_fit_together(tmp_path: Path):
     assert build(path, enable_chunked_prefill=False).scheduler.max_num_batched_tokens >= 4096
     with pytest.raises(ParameterError, match="chunked prefill"):
         build(path, enable_chunked_prefill=False, max_num_batched_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gpu_memory_utilization", "0.5"),
+        ("seed", "x"),
+        ("max_model_len", True),
+        ("block_size", True),
+        ("enable_prefix_caching", "yes"),
+        ("hf_overrides", []),
+        ("disable_log_stats", False),
+        ("max_num_seqs", 2.5),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(tmp_path: Path, name: str, value: Any):
+    with pytest.raises(ParameterError, match=name):
+        build(folder(tmp_path), **{name: value})
+
+
+def test_paths_and_torch_dtypes_are_taken(tmp_path: Path):
+    import torch
+
+    config = EngineArgs(model=folder(tmp_path), skip_tokenizer_init=True, dtype=torch.float16).build()  # type: ignore[arg-type]
+    assert (config.model.path, config.model.dtype) == (tmp_path, "float16")
 
 
 def test_a_vocabulary_is_needed(tmp_path: Path):

@@ -17,7 +17,7 @@ from tiny_tokenizers import qwen
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.invariants import InvariantChecker
-from nanovllm.errors import ModelError, ParameterError, StepError
+from nanovllm.errors import EngineDeadError, ModelError, ParameterError, StepError
 
 VOCAB_SIZE, IM_END = 337, 332  # of tiny_tokenizers.qwen
 
@@ -178,6 +178,24 @@ def test_one_bad_prompt_in_a_list_queues_nothing(llm: LLM):
     assert not llm.llm_engine.has_unfinished_requests()
 
 
+def test_vllms_keywords_are_taken_as_none_and_refused_otherwise(llm: LLM):
+    none = {"lora_request": None, "tokenization_kwargs": None, "mm_processor_kwargs": None}
+    assert llm.generate("hello", GREEDY, use_tqdm=False, **none)
+    chat = [{"role": "user", "content": "hi"}]
+    assert llm.chat(chat, GREEDY, use_tqdm=False, chat_template_content_format="auto", **none)
+    with pytest.raises(ParameterError, match="lora_request"):
+        llm.generate("hello", GREEDY, use_tqdm=False, lora_request="adapter")
+    with pytest.raises(TypeError, match="nonsense"):
+        llm.chat(chat, GREEDY, use_tqdm=False, nonsense=1)
+    with pytest.raises(ParameterError, match="sampling_params"):
+        llm.generate("hello", {"temperature": 0}, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="priority"):
+        llm.generate("hello", GREEDY, priority=1.5, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="Unicode"):
+        llm.generate("\ud800", GREEDY, use_tqdm=False)
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
 def test_a_repeated_request_id_is_refused(llm: LLM):
     llm.llm_engine.add_request("twice", "a", GREEDY)
     with pytest.raises(ParameterError, match="twice"):
@@ -286,7 +304,7 @@ def test_two_engines_live_side_by_side_and_close_frees_everything(folder: Path):
     first.close()
     first.close()
     assert second.generate("hello", GREEDY, use_tqdm=False)[0].token_ids == expected
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(EngineDeadError, match="closed"):
         first.generate("hello", GREEDY, use_tqdm=False)
     core = weakref.ref(second.llm_engine.core)
     second.close()

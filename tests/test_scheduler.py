@@ -314,11 +314,13 @@ def test_priority_decides_who_is_admitted_and_who_yields():
     assert requests["c"].num_preemptions == 0
 
 
-def test_fcfs_ignores_nothing_silently_but_keeps_arrival_order():
+def test_a_priority_that_the_policy_would_ignore_is_refused():
     core = make_core(max_num_seqs=1)
-    for name, priority in (("a", 5), ("b", 0)):
-        core.add(make_request(name, [1, 2], 2), priority)
-    assert list(run(core)) == ["a", "b"]
+    with pytest.raises(ParameterError, match="scheduling_policy='priority'"):
+        core.add(make_request("a", [1, 2], 2), 5)
+    for name in "bc":
+        core.add(make_request(name, [1, 2], 2))
+    assert list(run(core)) == ["b", "c"]
 
 
 def test_prompt_logprobs_are_delivered_once_though_the_prompt_is_recomputed():
@@ -344,6 +346,16 @@ def test_forks_share_the_prompt_and_compute_one_token_each(prefix_caching: bool,
     assert computed(core) == length + 3 + 4 * 5
     copies = sum(len(plan.copies) for plan in plans(core))
     assert copies == (3 if (length - 1) % 4 else 0)  # a partly filled block is copied, a full one shared
+
+
+def test_forks_that_wait_for_their_prompt_hold_nobody_up():
+    core = make_core(max_num_batched_tokens=32, threshold=4)
+    forks = [make_request(f"f{i}", [1] * 40, 3) for i in range(2)]
+    core.add(make_request("p", [1] * 40, 3), forks=forks)
+    core.add(make_request("next", [5, 6], 3))
+    core.step()
+    assert [r.request_id for r in plans(core)[0].requests] == ["p", "next"]
+    run(core)
 
 
 def test_forks_outlive_their_parent():

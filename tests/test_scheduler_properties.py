@@ -67,7 +67,7 @@ def test_any_history_keeps_the_invariants_and_yields_every_token(setup: dict, sl
             make_request(f"{number}.{i}", prompt, event["max_tokens"], seed=100 * number + i)
             for i in range(1 + event["forks"])
         ]
-        core.add(family[0], event["priority"], family[1:])
+        core.add(family[0], event["priority"] if setup["policy"] == "priority" else 0, family[1:])
         for index, member in enumerate(family):
             if event["abort_after"] is not None and index % 2 == 0:
                 aborts.setdefault(clock + 1 + event["abort_after"] + index, []).append(member.request_id)

@@ -40,6 +40,7 @@ class AsyncLLM(EngineFace):
         super().__init__(config, executor)
         self.dead_error: BaseException | None = None
         self._streams: dict[str, Stream] = {}
+        self._aborted: set[str] = set()  # streams whose prompt was still being tokenised
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: list[Command] = []
         self._wake = threading.Condition()
@@ -81,7 +82,10 @@ class AsyncLLM(EngineFace):
                 except Exception as error:
                     self._post(partial(stream.put_nowait, error))
 
-            self._command(add)
+            if request_id in self._aborted:
+                await self.abort(request_id)
+            else:
+                self._command(add)
             finished = False
             while not finished:
                 output = await stream.get()
@@ -95,6 +99,7 @@ class AsyncLLM(EngineFace):
         finally:
             await self.abort(request_id)
             self._streams.pop(request_id, None)
+            self._aborted.discard(request_id)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; their streams yield a final output with finish reason "abort". Unknown ids are passed over."""
@@ -102,8 +107,11 @@ class AsyncLLM(EngineFace):
             final, children = self.output.abort(name)
             if children:
                 self._command(partial(self.core.finish, children, "abort"))
-            if final is not None and name in self._streams:
-                self._streams[name].put_nowait(final)
+            if name in self._streams:
+                if final is None:
+                    self._aborted.add(name)
+                else:
+                    self._streams[name].put_nowait(final)
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine has stopped."""

@@ -52,13 +52,7 @@ class BeamSearch:
         return [self._spawn(BeamSearchSequence(tokens=list(self._prompt), logprobs=[]), None)]
 
     def advance(self, output: EngineOutput) -> tuple[list[Request], list[str]]:
-        """Take one hypothesis' output. At the end of a round: the next round's requests, and ids to release after.
-
-        Raises:
-            RuntimeError: a request of the search failed.
-        """
-        if output.finish_reason == "error":
-            raise RuntimeError(f"beam search {self.search_id}: {output.stop_reason}")
+        """Take one hypothesis' output. At the end of a round: the next round's requests, and ids to release after."""
         self._reported[output.request_id] = output
         if len(self._reported) < len(self._alive):
             return [], []

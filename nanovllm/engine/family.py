@@ -33,7 +33,7 @@ def make_family(request_id: str, prompt: EngineInput, max_model_len: int, defaul
             own.prompt_logprobs, own.skip_reading_prefix_cache = None, False
         family.append(
             Request(
-                request_id if params.n == 1 else f"{index}_{request_id}",
+                f"{index}_{request_id}",  # no two users' ids give the same
                 prompt.prompt_token_ids,
                 own,
                 max_model_len=max_model_len,

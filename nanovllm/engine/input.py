@@ -201,6 +201,10 @@ class InputProcessor:
             raise ParameterError(
                 "a text prompt needs a tokenizer, and skip_tokenizer_init is set: give prompt_token_ids", "prompt", text
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ParameterError(f"the prompt is not Unicode text (position {error.start})", "prompt", text) from None
         return self.tokenizer.encode(text)
 
     def _check_prompt(self, token_ids: list[int]) -> None:

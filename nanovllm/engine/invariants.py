@@ -105,8 +105,9 @@ class InvariantChecker:
         _expect(all(not r.blocks and r.row == -1 for r in waiting), "a waiting request holds something")
         rows = [r.row for r in holders if r.row >= 0] + scheduler._free_rows
         _expect(sorted(rows) == list(range(scheduler.config.max_num_seqs)), "rows are lost or held twice", rows)
-        everyone = {r.request_id for r in running} | {r.request_id for r in waiting}
-        _expect(everyone == set(scheduler.requests), "requests are lost")
+        dormant = [fork for r in scheduler.requests.values() for fork in r.forks.values()]
+        everyone = [r.request_id for r in (*running, *waiting, *dormant)]
+        _expect(sorted(everyone) == sorted(scheduler.requests), "requests are lost or queued twice")
 
     def idle(self) -> None:
         """Check that nothing is left behind once every request has ended."""

@@ -22,8 +22,6 @@ class KVCacheManager:
         self.pool = pool
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.num_queried_tokens = 0  # tokens of admitted prompts, and how many of them were found in the cache
-        self.num_hit_tokens = 0
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
@@ -59,8 +57,6 @@ class KVCacheManager:
         self.grow(request, count, plan)  # cannot fail: the demand was counted
         if request.num_preemptions == 0:
             request.num_cached_tokens = num_shared
-            self.num_queried_tokens += request.num_tokens
-            self.num_hit_tokens += num_shared
         return count
 
     def _shareable(self, request: Request) -> tuple[list[int], int]:

@@ -10,7 +10,7 @@ from nanovllm.engine.beam_search import BeamSearch
 from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace
 from nanovllm.engine.plan import EngineOutput
-from nanovllm.errors import ParameterError
+from nanovllm.errors import EngineDeadError, ParameterError, StepError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -24,7 +24,7 @@ class LLMEngine(EngineFace):
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
         super().__init__(config, executor)
         self._beams: dict[str, BeamSearch] = {}  # request id -> its search
-        self._beam_outputs: dict[str, BeamSearchOutput] = {}
+        self._beam_outputs: dict[str, BeamSearchOutput | StepError] = {}
         self._closed = False
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -46,8 +46,7 @@ class LLMEngine(EngineFace):
         Raises:
             ParameterError: the prompt or a parameter cannot be honoured. Nothing was queued.
         """
-        if self._closed:
-            raise RuntimeError("the engine is closed")
+        self._check_open()
         if self.output.has(request_id):
             raise ParameterError("a request of this id is under way", "request_id", request_id)
         given = params if params is not None else self.input.default_params()
@@ -96,6 +95,7 @@ class LLMEngine(EngineFace):
         Raises:
             ParameterError: the prompt or a parameter cannot be honoured.
         """
+        self._check_open()
         if params.structured_outputs is not None:
             raise ParameterError("not supported with beam search in this version", "structured_outputs", "...")
         if params.temperature != 0.0:
@@ -118,8 +118,15 @@ class LLMEngine(EngineFace):
             self.core.add(request)
 
     def take_beam_output(self, search_id: str) -> BeamSearchOutput | None:
-        """The result of a finished search, once; None while it runs."""
-        return self._beam_outputs.pop(search_id, None)
+        """The result of a finished search, once; None while it runs.
+
+        Raises:
+            StepError: a step of the search failed.
+        """
+        output = self._beam_outputs.pop(search_id, None)
+        if isinstance(output, StepError):
+            raise output
+        return output
 
     def abort_beam_search(self, search_id: str) -> None:
         """End a search wherever it stands. Idempotent."""
@@ -135,6 +142,10 @@ class LLMEngine(EngineFace):
             search = self._beams.get(output.request_id)
             if search is None:
                 others.append(output)
+                continue
+            if output.finish_reason == "error":
+                self.abort_beam_search(search.search_id)
+                self._beam_outputs[search.search_id] = StepError(str(output.stop_reason))
                 continue
             requests, released = search.advance(output)
             for request in requests:
@@ -164,6 +175,10 @@ class LLMEngine(EngineFace):
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing changes, while requests hold blocks."""
         return self.core.reset_prefix_cache()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
 
     def shutdown(self) -> None:
         """Free weights and cache. Idempotent."""

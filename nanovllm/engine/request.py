@@ -44,6 +44,7 @@ class Request:
         "eos_token_ids",
         "finish_reason",
         "fork_of",
+        "forks",
         "held",
         "key",
         "max_total",
@@ -121,6 +122,7 @@ class Request:
         self.num_prompt_logprobs = 0  # delivered so far
 
         self.fork_of = fork_of
+        self.forks: dict[str, Request] = {}  # not queued before this request's prompt is computed
         self.num_forks_waiting = 0  # forks that will still share this request's blocks
         self.held = held
 

@@ -56,11 +56,14 @@ class Scheduler:
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def add(self, request: Request, priority: int = 0, forks: Sequence[Request] = ()) -> None:
-        """Queue a request. ``forks`` (``n > 1``) follow it, and share the blocks of its prompt once that is computed.
+        """Queue a request. ``forks`` (``n > 1``) are queued once its prompt is computed, and share its blocks.
 
         Raises:
-            ParameterError: the id is in use, or the request could not finish even with the cache to itself.
+            ParameterError: the id is in use, the request could not finish even with the cache to itself, or a priority
+                is given that the policy does not look at.
         """
+        if priority and self.config.policy != "priority":
+            raise ParameterError("needs scheduling_policy='priority'", "priority", priority)
         family = [request, *forks]
         for member in family:
             if member.request_id in self.requests or member.request_id in self.leaving:
@@ -73,16 +76,16 @@ class Scheduler:
                     "max_tokens",
                     member.params.max_tokens,
                 )
-        rank = priority if self.config.policy == "priority" else 0
         for index, member in enumerate(family):
             if index > 0:
                 member.fork_of = request
+                request.forks[member.request_id] = member
             if member.fork_of is not None:
                 member.fork_of.num_forks_waiting += 1
-            member.key = (rank, self._num_arrived, index)
+            member.key = (priority, self._num_arrived, index)
             self.requests[member.request_id] = member
-            self._enqueue(member)
         self._num_arrived += 1
+        self._enqueue(request)
 
     def finish(self, request_ids: Iterable[str], reason: str) -> None:
         """End requests in whatever state they are: abort, stop string. Unknown and ended ones are passed over."""
@@ -163,7 +166,7 @@ class Scheduler:
         whole = not self.config.enable_chunked_prefill
         while budget > 0 and self._free_rows:
             request = self._peek_waiting()
-            if request is None or request.num_in_flight or self._parent_is_busy(request):
+            if request is None or request.num_in_flight:
                 return
             request.row = self._free_rows[-1]
             count = self.kv.admit(request, plan, self._chunk_limit(budget), whole)
@@ -210,21 +213,13 @@ class Scheduler:
             if request.num_computed == len(request.token_ids) + request.num_pending:
                 request.num_pending += 1
                 sampled.append(index)
+                if request.forks:  # the next plan runs after this one, when the prompt is in the cache
+                    self._enqueue_forks(request)
         return plan
 
     def _chunk_limit(self, budget: int) -> int:
         threshold = self.config.long_prefill_token_threshold
         return min(budget, threshold) if threshold and self.config.enable_chunked_prefill else budget
-
-    @staticmethod
-    def _parent_is_busy(request: Request) -> bool:
-        """A fork waits until the tokens it shares are computed; if its parent is gone, it computes them itself."""
-        parent = request.fork_of
-        return (
-            parent is not None
-            and parent.status == RequestStatus.RUNNING
-            and parent.num_computed < request.num_tokens - 1
-        )
 
     def _make_room(self, request: Request, count: int, plan: StepPlan) -> bool:
         """Find blocks for ``count`` more tokens; preempt from the end of ``running`` if it must be.
@@ -343,6 +338,11 @@ class Scheduler:
         heapq.heappush(self.waiting, (request.key, request))
         self.num_waiting += 1
 
+    def _enqueue_forks(self, parent: Request) -> None:
+        for fork in parent.forks.values():
+            self._enqueue(fork)
+        parent.forks.clear()
+
     def _peek_waiting(self) -> Request | None:
         while self.waiting:
             request = self.waiting[0][1]
@@ -360,7 +360,10 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: str) -> None:
         """Mark as finished. Its blocks go back when no plan under way names them; `_drop_finished` must follow."""
-        if request.status == RequestStatus.WAITING:
+        self._enqueue_forks(request)  # they compute the prompt themselves
+        parent = request.fork_of
+        dormant = parent is not None and parent.forks.pop(request.request_id, None) is not None
+        if request.status == RequestStatus.WAITING and not dormant:
             self.num_waiting -= 1
             if len(self.waiting) > 2 * self.num_waiting + 64:  # mostly aborted requests
                 self.waiting = [entry for entry in self.waiting if not entry[1].finished and entry[1] is not request]

@@ -81,7 +81,9 @@ class LLM:
         **kwargs: Any,
     ) -> None:
         setup_logging()
-        named = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "hf_overrides")}
+        named = dict(locals())
+        for name in ("self", "kwargs", "hf_overrides"):
+            del named[name]
         args = EngineArgs.from_kwargs(**named, hf_overrides=hf_overrides or {}, **kwargs)
         self.llm_engine = LLMEngine(args.build())
         self._ids = itertools.count()
@@ -97,6 +99,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., tqdm] = True,
         priority: int | Sequence[int] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Complete prompts.
 
@@ -105,6 +108,7 @@ class LLM:
             sampling_params: for all, or one per prompt; None takes the model's defaults.
             use_tqdm: show a progress bar, or the function that makes one.
             priority: for all, or one per prompt; smaller goes first.
+            **others: vLLM's ``lora_request``, ``tokenization_kwargs`` and ``mm_processor_kwargs``, as None.
 
         Returns:
             One output per prompt, in order.
@@ -113,6 +117,7 @@ class LLM:
             ParameterError: a prompt or parameter cannot be honoured; nothing was generated.
             StepError: the model failed; the requests of this call have ended.
         """
+        _refuse("generate", others)
         return self._wait(self._submit(_as_prompts(prompts), sampling_params, priority), use_tqdm)
 
     def chat(
@@ -194,11 +199,12 @@ class LLM:
                         search_id, prompt = waiting.pop(0)
                         self.llm_engine.add_beam_search(search_id, prompt, params)
                         active.append(search_id)
-                    self.llm_engine.step()
+                    for output in self.llm_engine.step():
+                        self._finished[output.request_id] = output  # it was enqueued
                     for search_id in list(active):
-                        output = self.llm_engine.take_beam_output(search_id)
-                        if output is not None:
-                            results[search_id] = output
+                        result = self.llm_engine.take_beam_output(search_id)
+                        if result is not None:
+                            results[search_id] = result
                             active.remove(search_id)
                             bar.update()
             finally:
@@ -233,6 +239,10 @@ class LLM:
     # -- shared by the above -------------------------------------------------------------------------------------
 
     def _render(self, messages: Any, template: dict[str, Any]) -> list[PromptType]:
+        options = {name: template.pop(name) for name in list(template) if name not in _TEMPLATE_OPTIONS}
+        if options.get("chat_template_content_format") in ("auto", "string", "openai"):
+            del options["chat_template_content_format"]  # what a template takes is found out, not declared
+        _refuse("chat", options)
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return [self.llm_engine.input.render_chat(conversation, **template) for conversation in conversations]
 
@@ -292,6 +302,22 @@ class LLM:
         return [self._finished.pop(request_id) for request_id in ids]
 
 
+# What `InputProcessor.render_chat` takes, and what vLLM's methods take that this version has no meaning for.
+_TEMPLATE_OPTIONS = frozenset(
+    {"tools", "chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+)
+_WITHOUT_MEANING = ("lora_request", "tokenization_kwargs", "mm_processor_kwargs", "chat_template_content_format")
+
+
+def _refuse(method: str, options: dict[str, Any]) -> None:
+    """Options of vLLM's that this version does not have are taken as None only; any other name is a TypeError."""
+    for name, value in options.items():
+        if name not in _WITHOUT_MEANING:
+            raise TypeError(f"LLM.{method}() got an unexpected keyword argument {name!r}")
+        if value is not None:
+            raise ParameterError("not supported by this version", name, value)
+
+
 def _as_prompts(prompts: Any) -> list[PromptType]:
     """A list of prompts from one prompt (text, dict, list of ids) or a sequence of them."""
     listed: list[Any] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
@@ -306,6 +332,8 @@ def _one_each(name: str, values: Any, count: int, kind: type) -> Sequence[Any]:
     """
     if isinstance(values, kind):
         return [values] * count
+    if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
+        raise ParameterError(f"must be {kind.__name__}, or a list of them", name, values)
     if len(values) != count:
         raise ParameterError(f"give one, or one for each of the {count} prompts", name, f"{len(values)} of them")
     return values

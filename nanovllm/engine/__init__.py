@@ -1,0 +1,1 @@
+"""Requests, scheduling, the step loop, and text on both sides of it. No torch."""
