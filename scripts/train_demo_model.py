@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -290,7 +289,7 @@ def export(
             "torch": torch.__version__,
             "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "data_sha256": data_hash(),
-            "command": "python scripts/train_demo_model.py " + " ".join(sys.argv[1:]),
+            "command": f"scripts/train_demo_model.py --steps {args.steps} --decay {args.decay} --seed {args.seed}",
         },
     }
     for name, content in files.items():

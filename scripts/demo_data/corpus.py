@@ -86,10 +86,15 @@ class Corpus:
         if topic.kind == "unknown":
             return punctuate(unknown.draw(language, rng), language, rng)
         side = topic.side(language)
+        way = rng.random()
+        if way < 0.3:
+            # Few real questions share their wording, but they share words with the topic.
+            words = [rng.choice(side.words) for _ in range(3)]
+            frame = rng.choice(phrases(language, "words"))
+            return disturb(frame.format(*words), language, rng)
         templates = phrases(language, topic.kind)
-        if templates and (not side.questions or rng.random() < 0.55):
-            name = rng.choice(side.names)
-            return disturb(rng.choice(templates).format(x=name), language, rng)
+        if way < 0.65 and templates:
+            return disturb(rng.choice(templates).format(x=rng.choice(side.names)), language, rng)
         return disturb(rng.choice(side.questions), language, rng)
 
     def any_topic(self, rng: Random) -> Topic:

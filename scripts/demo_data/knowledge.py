@@ -9,6 +9,7 @@ English  Chinese  meaning
 ======== ======== =====================================================================================
 en       zh       names of the topic, put into the question templates of its kind
 q        zq       questions of its own, for training
+w        zw       words that belong to it, to be thrown into the word templates
 test     ztest    questions of its own that training never sees
 a        za       the answer
 k        zk       key phrases of the answer, all of which (``&``) a right answer contains
@@ -33,6 +34,7 @@ class Side:
 
     names: tuple[str, ...]
     questions: tuple[str, ...]
+    words: tuple[str, ...]
     test_questions: tuple[str, ...]
     answer: str
     keys: tuple[str, ...]
@@ -101,6 +103,7 @@ def _parse(block: str, facts: dict[str, str]) -> Topic:
         side = Side(
             names=items(fields.pop(language, "")),
             questions=items(fields.pop(prefix + "q", "")),
+            words=items(fields.pop(prefix + "w", "")),
             test_questions=items(fields.pop(prefix + "test", "")),
             answer=fields.pop(prefix + "a"),
             keys=tuple(part.strip() for part in fields.pop(prefix + "k").split("&")),
