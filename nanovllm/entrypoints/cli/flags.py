@@ -20,28 +20,28 @@ from nanovllm.entrypoints.cli.parser import human_int, json_object
 ENGINE_HELP: dict[str, dict[str, str]] = {
     "model": {
         "model": "a folder, a hub id such as Qwen/Qwen3-0.6B, or 'demo', the model in the box",
-        "dtype": "auto, bfloat16, float16 or float32; auto is the checkpoint's, where the device is fast at it",
-        "device": "auto or cpu",
+        "dtype": "auto is the checkpoint's, where the device is fast at it",
+        "device": "auto takes the best there is",
         "max_model_len": "context in tokens, or auto: the model's, shortened to what the KV cache holds",
         "revision": "branch, tag or commit on the hub",
         "hf_token": "token for the hub; without a value the one the hub's own login saved",
         "hf_overrides": "JSON object laid over the model's config.json",
         "download_dir": "where downloads are kept",
         "use_modelscope": "look hub ids up on ModelScope instead of Hugging Face",
-        "load_format": "auto, safetensors, or dummy for random weights",
+        "load_format": "dummy makes random weights",
         "trust_remote_code": "let transformers run code that comes with the checkpoint",
         "quantization": "must be left out: quantised checkpoints are not supported by this version",
         "generation_config": "auto (the model's sampling defaults), vllm (none), or a folder with that file",
         "override_generation_config": "JSON object laid over generation_config.json",
         "seed": "of every random draw of requests that bring no seed of their own",
         "max_logprobs": "most log-probabilities a request may ask for; -1: the whole vocabulary",
-        "logprobs_mode": "raw_logprobs, processed_logprobs, raw_logits or processed_logits",
+        "logprobs_mode": "what stands for a log-probability: before or after sampling parameters, normalised or not",
         "enforce_eager": "never capture graphs",
         "attention_backend": "which attention to use; by default the device's own",
     },
     "tokenizer": {
         "tokenizer": "folder or hub id of the tokenizer, if not the model's",
-        "tokenizer_mode": "auto, hf (through transformers) or slow (its Python implementation)",
+        "tokenizer_mode": "hf goes through transformers, slow takes its Python implementation",
         "tokenizer_revision": "branch, tag or commit of the tokenizer on the hub",
         "skip_tokenizer_init": "token ids only",
         "chat_template": "file or text of the chat template, instead of the model's",
@@ -51,16 +51,16 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "kv_cache_memory_bytes": "size of the KV cache, such as 512M; overrides the share",
         "block_size": "tokens in a block",
         "num_gpu_blocks_override": "number of blocks; overrides both",
-        "kv_cache_dtype": "auto: that of the model",
+        "kv_cache_dtype": "auto is the model's",
         "enable_prefix_caching": "compute a prefix that prompts share only once",
-        "prefix_caching_hash_algo": "sha256",
+        "prefix_caching_hash_algo": "hash that identifies a block's contents",
     },
     "scheduler": {
         "max_num_seqs": "most requests in a step",
         "max_num_batched_tokens": "most tokens in a step",
         "enable_chunked_prefill": "let a long prompt take several steps",
         "long_prefill_token_threshold": "most prompt tokens of one request in a step; 0: no limit",
-        "scheduling_policy": "fcfs (first come, first served) or priority",
+        "scheduling_policy": "fcfs: first come, first served",
         "async_scheduling": "plan the next step while one runs",
         "disable_log_stats": "do not log statistics",
     },
@@ -90,6 +90,22 @@ SAMPLING_HELP: dict[str, str] = {
     "bad_words": "never generate this string; may be given several times",
     "logprobs": "log-probabilities per token",
     "skip_special_tokens": "leave special tokens out of the text",
+}
+
+# What a value looks like in the help, and so what a shell completes it to, where its type does not say.
+METAVARS: dict[str, str] = {
+    "model": "MODEL",
+    "dtype": "{auto,bfloat16,float16,float32}",
+    "device": "{auto,cpu}",
+    "download_dir": "FOLDER",
+    "load_format": "{auto,safetensors,dummy}",
+    "logprobs_mode": "{raw_logprobs,processed_logprobs,raw_logits,processed_logits}",
+    "tokenizer_mode": "{auto,hf,slow}",
+    "chat_template": "FILE",
+    "kv_cache_dtype": "{auto}",
+    "prefix_caching_hash_algo": "{sha256}",
+    "scheduling_policy": "{fcfs,priority}",
+    "distributed_executor_backend": "{uni}",
 }
 
 _SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp",
@@ -137,9 +153,10 @@ def add_field_flags(
             text += f" (default: {default})"
         hint = eval(str(own[name].type), names)  # annotations are text there (PEP 563)
         options = [_SHORT[name]] if name in _SHORT and _SHORT[name] not in without else []
-        group.add_argument(
-            *options, _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(hint)
-        )
+        kind = _kind(hint)
+        if name in METAVARS:
+            kind["metavar"] = METAVARS[name]
+        group.add_argument(*options, _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
 
 
 def _flag(name: str) -> str:

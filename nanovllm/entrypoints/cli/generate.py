@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'Example: nanovllm generate "What is paged attention?" --max-tokens 64'
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads standard input")
-    parser.add_argument("--file", "-f", help="a file with one prompt per line; - reads the lines of standard input")
+    text = "a file with one prompt per line; - reads the lines of standard input"
+    parser.add_argument("--file", "-f", metavar="FILE", help=text)
     parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before every prompt")
     parser.add_argument(
