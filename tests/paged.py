@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.models import Decoder, build_model, load_weights
-from nanovllm.ops import AttentionMetadata, operator_table
+from nanovllm.ops import AttentionMetadata, Operators, operator_table
 from nanovllm.parallel import ParallelContext
 
 
@@ -22,6 +22,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     max_model_len: int = 64,
     attention_backend: str | None = None,
+    ops: Operators | None = None,
     parallel: ParallelContext | None = None,
     **overrides: Any,
 ) -> Decoder:
@@ -32,7 +33,7 @@ def load_model(
         config["architectures"][0],
         dtype=dtype,
         device="cpu",
-        ops=operator_table("cpu", attention_backend),
+        ops=ops or operator_table("cpu", attention_backend),
         parallel=parallel or ParallelContext(),
         max_model_len=max_model_len,
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paged import make_metadata
 from torch import Tensor
 
-from nanovllm.ops import AttentionMetadata, Operators, operator_table, torch_native
+from nanovllm.ops import AttentionMetadata, Operators, torch_native, torch_operators
 
 BACKENDS = ["torch_native", "reference"]
 SCALE = 0.37
@@ -93,7 +93,7 @@ def test_any_batch(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_native, "_TILE_QUERIES", tile)
         patch.setattr(torch_native, "_BUCKET_TOKENS", bucket)
-        result = attend(operator_table("cpu", backend), batch, window)
+        result = attend(torch_operators(backend), batch, window)
     torch.testing.assert_close(result.double(), exact(q, k_cache, v_cache, meta, window), atol=2e-6, rtol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_half_precision(backend: str, dtype: torch.dtype, tolerance: float) -> N
     batch = make_batch([(0, 9), (30, 1), (5, 1), (12, 8), (31, 1)], dtype=dtype)
     meta, q, k_cache, v_cache = batch
     for window in (None, 6):
-        result = attend(operator_table("cpu", backend), batch, window)
+        result = attend(torch_operators(backend), batch, window)
         assert result.dtype == dtype
         assert (result.double() - exact(q, k_cache, v_cache, meta, window)).abs().max() < tolerance
 
@@ -111,7 +111,7 @@ def test_half_precision(backend: str, dtype: torch.dtype, tolerance: float) -> N
 def test_one_preparation_serves_layers_with_different_windows() -> None:
     batch = make_batch([(20, 1), (3, 1), (10, 6), (0, 9)])
     meta, q, k_cache, v_cache = batch
-    ops = operator_table("cpu")
+    ops = torch_operators()
     ops.prepare_attention(meta, [None, 5], q.dtype)
     for window in (5, None, 5):
         result = ops.paged_attention(q, k_cache, v_cache, meta, SCALE, window)
@@ -120,7 +120,7 @@ def test_one_preparation_serves_layers_with_different_windows() -> None:
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     """One engine's workspace is used again and again: nothing of an earlier batch may be left in a later one."""
-    ops = operator_table("cpu")
+    ops = torch_operators()
     alone = make_batch([(17, 1)])
     expected = attend(ops, alone, None)
     meta, q, k_cache, v_cache = make_batch([(17, 1), (40, 1), (18, 1), (2, 7)])
@@ -136,7 +136,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_the_workspace_serves_both_inference_and_ordinary_mode(mode: bool) -> None:
-    ops, batch = operator_table("cpu"), make_batch([(5, 1), (3, 4)])
+    ops, batch = torch_operators(), make_batch([(5, 1), (3, 4)])
     with torch.inference_mode(mode):
         first = attend(ops, batch, None)
     with torch.inference_mode(not mode):
@@ -148,7 +148,7 @@ def test_the_workspace_serves_both_inference_and_ordinary_mode(mode: bool) -> No
 
 def plan_of(rows: list[Row], window: int | None = None) -> Any:
     meta = make_batch(rows, kv_heads=1, group=1)[0]
-    operator_table("cpu").prepare_attention(meta, [window], torch.float32)
+    torch_operators().prepare_attention(meta, [window], torch.float32)
     return meta.backend[window]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.errors import ModelError
 from nanovllm.models import build_model, loader
-from nanovllm.ops import operator_table
+from nanovllm.ops import operator_table, torch_operators
 from nanovllm.parallel import ParallelContext
 
 PROMPT = list(range(20))
@@ -54,7 +54,7 @@ def test_a_lone_file_of_another_name_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_are_converted_to_the_dtype_of_the_model(stored: torch.dtype, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama", dtype=stored)
-    model = load_model(tmp_path, dtype=torch.bfloat16)
+    model = load_model(tmp_path, dtype=torch.bfloat16, ops=torch_operators())
     saved = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(model.layers[0].mlp.down.packed, saved.to(torch.bfloat16))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.errors import ModelError, ParameterError
 from nanovllm.models import build_model
-from nanovllm.ops import operator_table
+from nanovllm.ops import operator_table, torch_operators
 from nanovllm.parallel import ParallelContext
 
 # float32 logits of deviation 1 to 2, through two layers whose products are summed in another order.
@@ -209,7 +209,7 @@ def test_the_forward_pass_never_waits_for_the_device(tmp_path: Path, monkeypatch
 
 def test_a_tied_head_shares_the_storage_of_the_embedding(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen3", tie_word_embeddings=True)
-    model = load_model(tmp_path)
+    model = load_model(tmp_path, ops=torch_operators())
     assert model.head.packed.data_ptr() == model.embedding.shard.weight.data_ptr()
 
 

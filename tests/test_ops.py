@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovllm.errors import ParameterError
-from nanovllm.ops import Operators, operator_table, reference
+from nanovllm.ops import Operators, operator_table, reference, torch_operators
 
-OPS = operator_table("cpu")
+OPS = torch_operators()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 sizes = st.integers(1, 9)
 

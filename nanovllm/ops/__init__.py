@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.metadata import AttentionMetadata
 from nanovllm.ops.operators import Operators
 
-__all__ = ["AttentionMetadata", "Operators", "operator_table"]
+__all__ = ["AttentionMetadata", "Operators", "operator_table", "torch_operators"]
 
 ATTENTION_BACKENDS = ("torch_native", "reference")
 
 
-def operator_table(device: str, attention_backend: str | None = None) -> Operators:
-    """The operators of ``device`` ("cpu"), for one engine; those it does not override are the reference ones.
-
-    ``attention_backend`` chooses attention: "torch_native" (the default) or "reference" (one row at a time, to read
-    and to compare with). Raises ParameterError for a device or a backend that does not exist.
-    """
+def torch_operators(attention_backend: str = "torch_native") -> Operators:
+    """The operators in torch alone, for one engine on any device. ``attention_backend``: "torch_native" or "reference"
+    (one row at a time, to read and to compare with)."""
     from nanovllm.ops import reference
     from nanovllm.ops.torch_native import TorchNativeAttention
 
-    if device != "cpu":
-        raise ParameterError("no operators for this device; choose 'cpu'", "device", device)
-    if attention_backend not in (None, *ATTENTION_BACKENDS):
-        raise ParameterError(f"choose one of {', '.join(ATTENTION_BACKENDS)}", "attention_backend", attention_backend)
     attention: Any = reference if attention_backend == "reference" else TorchNativeAttention()
     return Operators(
         rms_norm=reference.rms_norm,
@@ -39,4 +33,26 @@ def operator_table(device: str, attention_backend: str | None = None) -> Operato
         copy_blocks=reference.copy_blocks,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
+    )
+
+
+def operator_table(device: str, attention_backend: str | None = None) -> Operators:
+    """The operators of ``device`` ("cpu"), for one engine: torch's, but for those the device does better.
+
+    ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's. Raises
+    ParameterError for a device or a backend that does not exist.
+    """
+    from nanovllm.ops import cpu
+
+    if device != "cpu":
+        raise ParameterError("no operators for this device; choose 'cpu'", "device", device)
+    if attention_backend is None:
+        return cpu.operators(torch_operators())
+    if attention_backend not in ATTENTION_BACKENDS:
+        raise ParameterError(f"choose one of {', '.join(ATTENTION_BACKENDS)}", "attention_backend", attention_backend)
+    torchs = torch_operators(attention_backend)
+    return replace(
+        cpu.operators(torchs),
+        prepare_attention=torchs.prepare_attention,
+        paged_attention=torchs.paged_attention,
     )
