@@ -87,5 +87,27 @@ struct LinearArguments {
     int32_t dtype;
 };
 void nanovllm_linear(const LinearArguments* arguments);
+
+// Linear layers with weights quantised to 8 or 4 bits. ``inputs`` is a multiple of ``group``, and that of 16.
+struct QuantizedWeight {
+    void* packed;  // nanovllm_quantized_bytes bytes
+    void* scales;  // nanovllm_scale_count bfloat16
+    int64_t outputs, inputs, group;
+    int32_t bits;
+};
+int64_t nanovllm_quantized_bytes(int64_t outputs, int64_t inputs, int32_t bits);
+int64_t nanovllm_scale_count(int64_t outputs, int64_t inputs, int64_t group);
+void nanovllm_quantize(const QuantizedWeight* to, const void* weight, int64_t stride, int32_t dtype);
+
+struct QuantizedArguments {
+    QuantizedWeight weight;
+    const void* x;     // [rows, inputs]
+    const void* bias;  // [outputs] or null
+    void* out;         // [rows, outputs]
+    int64_t rows;
+    int32_t digits;  // 8-bit digits of a number of x: 1 or 2; 4-bit weights take 2
+    int32_t dtype;   // of x, bias and out
+};
+void nanovllm_quantized_linear(const QuantizedArguments* arguments);
 }
 #pragma GCC visibility pop

@@ -66,25 +66,21 @@ struct RowCount {
     static constexpr int value = ROWS;
 };
 
-template <class F>
+template <int MOST = MAX_ROWS, class F>
 inline __attribute__((always_inline)) void with_row_count(int rows, F&& f) {
-    switch (rows) {
-        case 1: return f(RowCount<1>{});
-        case 2: return f(RowCount<2>{});
-        case 3: return f(RowCount<3>{});
-        case 4: return f(RowCount<4>{});
-        case 5: return f(RowCount<5>{});
-        default: return f(RowCount<6>{});
+    if constexpr (MOST > 1) {
+        if (rows < MOST) return with_row_count<MOST - 1>(rows, f);
     }
+    f(RowCount<MOST>{});
 }
 
-// Calls f(RowCount, first row) for all of ``rows``, in as few and as equal blocks as possible.
-template <class F>
+// Calls f(RowCount, first row) for all of ``rows``, in as few and as equal blocks of at most MOST as possible.
+template <int MOST = MAX_ROWS, class F>
 inline __attribute__((always_inline)) void for_row_blocks(int rows, F&& f) {
-    int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    int blocks = (rows + MOST - 1) / MOST;
     for (int block = 0, first = 0; block < blocks; ++block) {
         int count = (rows - first + blocks - block - 1) / (blocks - block);
-        with_row_count(count, [&](auto n) { f(n, first); });
+        with_row_count<MOST>(count, [&](auto n) { f(n, first); });
         first += count;
     }
 }

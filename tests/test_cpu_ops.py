@@ -8,16 +8,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.errors import ParameterError
-from nanovllm.ops import Operators, operator_table, reference
+from nanovllm.ops import Operators, reference, torch_operators
 from nanovllm.ops.cpu import library as cpu_library
 from nanovllm.ops.cpu import operators
 from nanovllm.ops.cpu.elementwise import Elementwise
+from nanovllm.ops.cpu.linear import QUANTIZATIONS, CpuLinear, PackedWeight
 from tests.cpu_batches import PagedBatch
 
 INSTRUCTION_SETS = cpu_library.supported_instruction_sets()
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the C++ kernels are not built")
 
-REFERENCE = operator_table("cpu", "reference")
+REFERENCE = torch_operators("reference")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = st.sampled_from(FLOATS)
 SEEDS = st.integers(0, 2**31)
@@ -269,6 +270,70 @@ def test_linear_of_a_row_is_the_same_bits_in_any_batch(ops, dtype: torch.dtype) 
                 assert torch.equal(ops.linear(x[-rows:].clone(), packed, bias), expected[-rows:])
     finally:
         torch.set_num_threads(before)
+
+
+# ---- quantised linear ---------------------------------------------------------------------------------------------
+
+
+def dequantized(linear: CpuLinear, packed: PackedWeight, inputs: int) -> torch.Tensor:
+    """The weight [out, in] as the kernel sees it: what it makes of unit vectors."""
+    return linear.linear(torch.eye(inputs), packed, None).T.double()
+
+
+@settings(max_examples=15)
+@given(
+    name=st.sampled_from(sorted(QUANTIZATIONS)),
+    rows=st.integers(0, 20),
+    inputs=st.integers(1, 5).map(lambda n: 64 * n),
+    outputs=st.integers(1, 150),
+    bias=st.booleans(),
+    seed=SEEDS,
+)
+@example(name="int4", rows=400, inputs=64, outputs=130, bias=True, seed=1)
+def test_quantized_linear_is_the_product_with_rounded_numbers(
+    instruction_set, name, rows, inputs, outputs, bias, seed
+) -> None:
+    linear = CpuLinear(cpu_library.load_library(instruction_set), REFERENCE, name)
+    weight, x = normal(seed, outputs, inputs, dtype=torch.float32), normal(seed + 1, rows, inputs, dtype=torch.float32)
+    b = normal(seed + 2, outputs, dtype=torch.float32) if bias else None
+    packed = linear.pack_linear(weight)
+    w = dequantized(linear, packed, inputs)
+    # Weights are off by half a step; by a whole one where int4 lacks +8.
+    kind = QUANTIZATIONS[name]
+    groups = weight.view(outputs, -1, kind.group or inputs).double()
+    steps = groups.abs().amax(-1, keepdim=True) / (127 if kind.bits == 8 else 8)
+    allowed = steps * (0.51 if kind.bits == 8 else 1.03) + 1e-6
+    assert ((groups - w.view(groups.shape)).abs() <= allowed).all()
+    # Numbers of x are off by half a step of their row.
+    step = x.abs().amax(-1, keepdim=True).double() / (127 * 256 ** (kind.digits - 1))
+    expected = x.double() @ w.T + (b.double() if bias else 0.0)
+    error = 0.51 * step * w.abs().sum(-1) + 1e-5 * (1 + expected.abs())
+    assert ((linear.linear(x, packed, b).double() - expected).abs() <= error).all()
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZATIONS))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantized_linear_of_a_row_is_the_same_bits_in_any_batch(instruction_set, name, dtype) -> None:
+    linear = CpuLinear(cpu_library.load_library(instruction_set), REFERENCE, name)
+    weight, bias, x = normal(1, 200, 320, dtype=dtype), normal(2, 200, dtype=dtype), normal(3, 400, 320, dtype=dtype)
+    packed = linear.pack_linear(weight)
+    expected = torch.cat([linear.linear(row[None], packed, bias) for row in x])
+    for rows in (2, 3, 7, 32, 193, 400):
+        assert torch.equal(linear.linear(x[:rows], packed, bias), expected[:rows])
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZATIONS))
+def test_quantized_linear_of_zeros_is_zero(instruction_set, name) -> None:
+    """No scale is divided by."""
+    linear = CpuLinear(cpu_library.load_library(instruction_set), REFERENCE, name)
+    zeros, some = torch.zeros(3, 64), normal(1, 3, 64, dtype=torch.float32)
+    assert torch.equal(linear.linear(zeros, linear.pack_linear(some), None), torch.zeros(3, 3))
+    assert torch.equal(linear.linear(some, linear.pack_linear(zeros), None), torch.zeros(3, 3))
+
+
+def test_an_unknown_quantization_is_an_error() -> None:
+    with pytest.raises(ParameterError, match="quantization"):
+        operators(REFERENCE, quantization="int3")
 
 
 def test_an_instruction_set_the_machine_lacks_is_an_error() -> None:

@@ -12,7 +12,7 @@ __all__ = ["operators"]
 logger = logging.getLogger(__name__)
 
 
-def operators(base: Operators) -> Operators:
+def operators(base: Operators, quantization: str | None = None) -> Operators:
     """``base`` with everything the kernels do replaced; ``base`` itself, with a notice, where none are built.
 
     What the kernels do not cover (number formats, shapes) still goes to ``base``.
@@ -26,7 +26,11 @@ def operators(base: Operators) -> Operators:
     if library is None:
         logger.warning("No C++ kernels: running on torch's operators. Build them: python -m nanovllm.ops.cpu.build")
         return base
-    attention, elementwise, linear = CpuAttention(library, base), Elementwise(library, base), CpuLinear(library, base)
+    attention, elementwise, linear = (
+        CpuAttention(library, base),
+        Elementwise(library, base),
+        CpuLinear(library, base, quantization),
+    )
     return replace(
         base,
         rms_norm=elementwise.rms_norm,

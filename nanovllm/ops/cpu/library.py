@@ -59,8 +59,29 @@ class LinearArguments(ctypes.Structure):
     )
 
 
+class QuantizedWeight(ctypes.Structure):
+    """struct QuantizedWeight of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("packed", "scales")),
+        *((name, c_int64) for name in ("outputs", "inputs", "group")),
+        ("bits", c_int32),
+    )
+
+
+class QuantizedArguments(ctypes.Structure):
+    """struct QuantizedArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        ("weight", QuantizedWeight),
+        *((name, c_void_p) for name in ("x", "bias", "out")),
+        ("rows", c_int64),
+        *((name, c_int32) for name in ("digits", "dtype")),
+    )
+
+
 _P, _N, _I, _F = c_void_p, c_int64, c_int32, c_float
-_FUNCTIONS: dict[str, tuple[type, ...]] = {
+_FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments; nothing is returned
     "paged_attention": (ctypes.POINTER(AttentionArguments),),
     "rms_norm": (_P, _P, _P, _N, _N, _N, _N, _N, _F, _I),
     "add_rms_norm": (_P, _P, _P, _P, _P, _N, _N, _F, _I),
@@ -70,7 +91,13 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "silu_and_mul": (_P, _P, _N, _N, _I),
     "pack_linear": (_P, _N, _N, _N, _P, _I),
     "linear": (ctypes.POINTER(LinearArguments),),
+    "quantize": (ctypes.POINTER(QuantizedWeight), _P, _N, _I),
+    "quantized_linear": (ctypes.POINTER(QuantizedArguments),),
+}
+_SIZES: dict[str, tuple[type, ...]] = {  # arguments; a size is returned
     "packed_bytes": (_N, _N, _I),
+    "quantized_bytes": (_N, _N, _I),
+    "scale_count": (_N, _N, _N),
 }
 
 
@@ -81,11 +108,11 @@ class Library:
         _provide_openmp()
         library = ctypes.CDLL(str(file))
         self.instruction_set = instruction_set
-        for name, argument_types in _FUNCTIONS.items():
-            function = getattr(library, f"nanovllm_{name}")
-            function.argtypes = argument_types
-            function.restype = c_int64 if name == "packed_bytes" else None
-            setattr(self, name, function)
+        for functions, returned in ((_FUNCTIONS, None), (_SIZES, c_int64)):
+            for name, argument_types in functions.items():
+                function = getattr(library, f"nanovllm_{name}")
+                function.argtypes, function.restype = argument_types, returned
+                setattr(self, name, function)
 
 
 def supported_instruction_sets() -> list[str]:

@@ -1,58 +1,99 @@
-"""Linear layers on weights packed for the C++ kernel (csrc/linear.cpp)."""
+"""Linear layers on weights packed, and possibly quantised, for the C++ kernels (csrc/linear.cpp, quantized.cpp)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanovllm.ops.cpu.library import DTYPES, Library, LinearArguments
+from nanovllm.errors import ParameterError
+from nanovllm.ops.cpu.library import DTYPES, Library, LinearArguments, QuantizedArguments, QuantizedWeight
 from nanovllm.ops.operators import Operators
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantised when they are packed.
+
+    Attributes:
+        bits: of a weight, 8 or 4.
+        group: inputs that share a scale; None: all of them.
+        digits: 8-bit digits an activation is rounded to; with 2 it keeps more than bfloat16 holds.
+    """
+
+    bits: int
+    group: int | None
+    digits: int
+
+
+QUANTIZATIONS = {
+    "int8": Quantization(8, None, 2),
+    "int4": Quantization(4, 64, 2),
+    "w8a8": Quantization(8, None, 1),
+}
 
 
 @dataclass(slots=True)
 class PackedWeight:
-    """A weight in the kernel's own layout, and a call that lacks only the tensors."""
+    """A weight in a kernel's own layout, and a call of the kernel that lacks only the tensors."""
 
-    data: Tensor  # uint8
+    memory: tuple[Tensor, ...]
     outputs: int
-    inputs: int
     dtype: torch.dtype
-    call: LinearArguments
+    call: LinearArguments | QuantizedArguments
+    run: Callable[..., None]
 
 
 class CpuLinear:
-    """The operators ``pack_linear`` and ``linear``."""
+    """The operators ``pack_linear`` and ``linear``; ``quantization`` is a name of ``QUANTIZATIONS`` or None."""
 
-    def __init__(self, library: Library, base: Operators) -> None:
+    def __init__(self, library: Library, base: Operators, quantization: str | None = None) -> None:
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise ParameterError(f"choose one of {', '.join(QUANTIZATIONS)}", "quantization", quantization)
         self._library = library
-        self._run = library.linear
         self._base = base
+        self._quantization = None if quantization is None else QUANTIZATIONS[quantization]
 
     def pack_linear(self, weight: Tensor) -> PackedWeight | Tensor:
-        """A packed copy of ``weight`` [out, in]; number formats the kernel lacks go to the base operators."""
+        """A packed copy of ``weight`` [out, in]; what the kernels cannot take goes to the base operators."""
+        quantization = self._quantization
+        if quantization is not None and weight.dtype in DTYPES and weight.stride(1) == 1:
+            if weight.shape[1] % (quantization.group or 16) == 0 and weight.shape[1] > 0:
+                return self._quantize(weight, quantization)
         if weight.dtype not in (torch.float32, torch.bfloat16) or weight.stride(1) != 1:
             return self._base.pack_linear(weight)
         outputs, inputs = weight.shape
         if weight.dtype == torch.bfloat16 and (inputs % 2 or weight.stride(0) % 2 or weight.data_ptr() % 4):
             return self._base.pack_linear(weight)
         dtype = DTYPES[weight.dtype]
-        data = torch.empty(self._library.packed_bytes(outputs, inputs, dtype), dtype=torch.uint8)
-        self._library.pack_linear(weight.data_ptr(), outputs, inputs, weight.stride(0), data.data_ptr(), dtype)
-        call = LinearArguments(packed=data.data_ptr(), inputs=inputs, outputs=outputs, dtype=dtype)
-        return PackedWeight(data, outputs, inputs, weight.dtype, call)
+        memory = torch.empty(self._library.packed_bytes(outputs, inputs, dtype), dtype=torch.uint8)
+        self._library.pack_linear(weight.data_ptr(), outputs, inputs, weight.stride(0), memory.data_ptr(), dtype)
+        call = LinearArguments(packed=memory.data_ptr(), inputs=inputs, outputs=outputs, x_stride=inputs, dtype=dtype)
+        return PackedWeight((memory,), outputs, weight.dtype, call, self._library.linear)
+
+    def _quantize(self, weight: Tensor, quantization: Quantization) -> PackedWeight:
+        outputs, inputs = weight.shape
+        group, bits = quantization.group or inputs, quantization.bits
+        memory = torch.empty(self._library.quantized_bytes(outputs, inputs, bits), dtype=torch.uint8)
+        scales = torch.empty(self._library.scale_count(outputs, inputs, group), dtype=torch.bfloat16)
+        packed = QuantizedWeight(memory.data_ptr(), scales.data_ptr(), outputs, inputs, group, bits)
+        dtype = DTYPES[weight.dtype]
+        self._library.quantize(packed, weight.data_ptr(), weight.stride(0), dtype)
+        call = QuantizedArguments(weight=packed, digits=quantization.digits, dtype=dtype)
+        return PackedWeight((memory, scales), outputs, weight.dtype, call, self._library.quantized_linear)
 
     def linear(self, x: Tensor, packed: PackedWeight | Tensor, bias: Tensor | None) -> Tensor:
-        """See ``reference.linear``; a row of the result does not depend on the other rows of x."""
+        """See ``reference.linear``; a row of the result has the same bits whatever the other rows of x are."""
         if not isinstance(packed, PackedWeight):
             return self._base.linear(x, packed, bias)
-        rows, inputs = x.shape
         if not x.is_contiguous() or x.data_ptr() % 4:
             x = x.clone(memory_format=torch.contiguous_format)
+        rows = x.shape[0]
         out = torch.empty((rows, packed.outputs), dtype=packed.dtype)
         call = packed.call
-        call.x, call.out, call.rows, call.x_stride = x.data_ptr(), out.data_ptr(), rows, inputs
+        call.x, call.out, call.rows = x.data_ptr(), out.data_ptr(), rows
         call.bias = None if bias is None else bias.data_ptr()
-        self._run(call)
+        packed.run(call)
         return out
