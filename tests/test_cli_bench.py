@@ -22,7 +22,7 @@ from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.entrypoints.bench.datasets import SampleRequest, plain_token_ids, random_requests, sharegpt_requests
 from nanovllm.entrypoints.bench.latency import LatencyResult, measure_latency
 from nanovllm.entrypoints.bench.throughput import ThroughputResult, measure_async_throughput, measure_throughput
-from nanovllm.entrypoints.cli.main import main
+from nanovllm.entrypoints.cli.main import main, make_parser
 from nanovllm.errors import ParameterError
 
 ROOT = Path(nanovllm.__file__).parents[1]
@@ -92,6 +92,22 @@ def test_progress_bars_are_on_standard_error_of_a_terminal_only(model: Path):
     with PseudoTerminal(command, environment, stderr_too=True) as terminal:
         assert terminal.wait() == 0
         assert b"Processed prompts: 100%" in terminal.screen and b"Total num output tokens:  4" in terminal.screen
+
+
+def test_latency_is_measured_without_the_prefix_cache_unless_asked():
+    parser = make_parser(["bench"])
+    assert parser.parse_args(["bench", "latency"]).enable_prefix_caching is False
+    assert parser.parse_args(["bench", "latency", "--enable-prefix-caching"]).enable_prefix_caching is True
+    assert not hasattr(parser.parse_args(["bench", "throughput"]), "enable_prefix_caching")
+
+
+def test_options_and_their_defaults_are_vllms():
+    parser = make_parser(["bench"])
+    throughput = vars(parser.parse_args(["bench", "throughput"]))
+    assert (throughput["num_prompts"], throughput["n"], throughput["num_warmups"]) == (1000, 1, 0)
+    latency = vars(parser.parse_args(["bench", "latency"]))
+    names = ("input_len", "output_len", "batch_size", "n", "num_iters_warmup", "num_iters", "use_beam_search")
+    assert [latency[name] for name in names] == [32, 128, 8, 1, 10, 30, False]
 
 
 def test_the_kinds_are_listed(capsys: pytest.CaptureFixture[str]):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +284,19 @@ def test_a_mistake_is_answered_before_a_model_is_loaded(
     assert captured.out == "" and captured.err.startswith(f"nanovllm: error: {part}") and captured.err.count("\n") == 1
 
 
+def test_a_model_that_cannot_chat_is_refused_before_anybody_types(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    options = ["--model", str(folder), "--kv-cache-memory-bytes", "16M"]
+    for more, part in ([], "has no chat template"), (["--skip-tokenizer-init"], "a chat needs a tokenizer"):
+        assert main(["chat", *options, *more]) == 2
+        assert part in capsys.readouterr().err
+
+
 # -- what is remembered ------------------------------------------------------------------------------------------------
 
 
@@ -288,10 +304,6 @@ def words(messages: list[Message]) -> dict[str, list[int]]:
     """A prompt with a token per word, and two around each message."""
     ids = [ord(word[0]) for message in messages for word in ["<", *message["content"].split(), ">"]]
     return {"prompt_token_ids": [*ids, ord("<")]}
-
-
-def roles(conversation: Conversation) -> int:
-    return len(conversation.turns)
 
 
 def test_turns_are_forgotten_oldest_first_and_some_ahead():
@@ -306,7 +318,7 @@ def test_turns_are_forgotten_oldest_first_and_some_ahead():
         conversation.answer("y")
     # A turn is 7 tokens, and 8 are around the newest: a fourth turn fits, and a fifth takes more than one away.
     assert forgotten[:4] == [0, 0, 0, 0] and max(forgotten) >= 2
-    assert all(not (a and b) for a, b in zip(forgotten, forgotten[1:], strict=False))
+    assert all(not (a and b) for a, b in itertools.pairwise(forgotten))
 
 
 def test_a_question_that_cannot_be_asked_changes_nothing():

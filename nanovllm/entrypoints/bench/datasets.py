@@ -1,4 +1,4 @@
-"""Requests to measure with: random tokens, or conversations of a ShareGPT file. The same seed gives the same requests."""
+"""Requests to measure with: random tokens, or conversations of a ShareGPT file. A seed always gives the same ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,11 @@ def random_requests(
     Raises:
         ParameterError: a length or ratio out of range.
     """
-    for name, value, least in (("input_len", input_len, 1), ("output_len", output_len, 1), ("prefix_len", prefix_len, 0)):
+    for name, value, least in (
+        ("input_len", input_len, 1),
+        ("output_len", output_len, 1),
+        ("prefix_len", prefix_len, 0),
+    ):
         if value < least:
             raise ParameterError(f"must be at least {least}", name, value)
     if not 0.0 <= range_ratio < 1.0:

@@ -47,7 +47,9 @@ class LatencyResult:
     def __str__(self) -> str:
         """vLLM's lines."""
         lines = [f"Avg latency: {self.average} seconds"]
-        lines += [f"{percentage}% percentile latency: {value} seconds" for percentage, value in self.percentiles.items()]
+        lines += [
+            f"{percentage}% percentile latency: {value} seconds" for percentage, value in self.percentiles.items()
+        ]
         return "\n".join(lines)
 
     def to_json(self, model_id: str) -> dict[str, Any]:

@@ -168,9 +168,7 @@ def _latency(arguments: argparse.Namespace) -> tuple[Any, str]:
         ids = plain_token_ids(config.model, llm.get_tokenizer())
         result = measure_latency(
             llm,
-            random_requests(
-                ids, arguments.batch_size, arguments.input_len, arguments.output_len, seed=config.seed
-            ),
+            random_requests(ids, arguments.batch_size, arguments.input_len, arguments.output_len, seed=config.seed),
             n=arguments.n,
             use_beam_search=arguments.use_beam_search,
             detokenize=not arguments.disable_detokenize,

@@ -1,7 +1,7 @@
 """``nanovllm chat``: a conversation with a model in this process.
 
-At a terminal, lines are edited and remembered, and Ctrl-C stops an answer, not the program. Through a pipe every line is
-a message, answered in order. Each prompt repeats the conversation so far, which the prefix cache makes cheap.
+At a terminal, lines are edited and remembered, and Ctrl-C stops an answer, not the program. Through a pipe every line
+is a message, answered in order. Each prompt repeats the conversation so far, which the prefix cache makes cheap.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SAMPLING = {name: text for name, text in SAMPLING_HELP.items() if name not in (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.epilog = (
-        "Every line typed, or read from a pipe, is a message. /help lists commands; Ctrl-C stops an answer, Ctrl-D ends. "
+        "Every line, typed or from a pipe, is a message. /help lists commands; Ctrl-C stops an answer, Ctrl-D ends. "
         'Example: nanovllm chat -q "What is paged attention?"'
     )
     parser.add_argument("--quick", "-q", metavar="MESSAGE", help="answer one message and end")
@@ -88,6 +88,10 @@ class _Chat:
 
     def __init__(self, llm: LLM, arguments: argparse.Namespace, params: SamplingParams) -> None:
         model = llm.llm_engine.model_config
+        tokenizer = llm.get_tokenizer()
+        if tokenizer is None:
+            raise ParameterError("a chat needs a tokenizer", "skip_tokenizer_init", True)
+        tokenizer.get_chat_template()  # refuses a model that has none, before anybody types
         self._llm = llm
         self._params = params
         self._stats: bool = arguments.stats

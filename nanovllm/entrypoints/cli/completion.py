@@ -1,7 +1,7 @@
 """``nanovllm completion``: a script that completes the command in bash, zsh or fish.
 
-The script is made of the parsers, and asks no program when a key is pressed. It completes commands, options, and values:
-those that a parser lists, ``choices`` or a metavar ``{a,b}``, and file names for everything else.
+The script is made of the parsers, and asks no program when a key is pressed. It completes commands, options, and
+values: those that a parser lists, as ``choices`` or a metavar ``{a,b}``, and file names for everything else.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ _SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
-    """Options for the fields of `EngineArgs`, in groups; ``without`` leaves out fields, or short forms such as ``-q``."""
+    """Options for the fields of `EngineArgs`, in groups; ``without`` leaves out fields, or short forms (``-q``)."""
     for title, helps in ENGINE_HELP.items():
         chosen = {name: text for name, text in helps.items() if name not in without}
         add_field_flags(parser.add_argument_group(title), EngineArgs, chosen, without=without)

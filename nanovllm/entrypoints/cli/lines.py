@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def is_typed() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def typed_lines(prompt: str) -> Iterator[str]:
+def typed_lines(prompt: str) -> Generator[str, None, None]:
     """Lines typed at the terminal until Ctrl-D, with line editing and a history where readline is there.
 
     Ctrl-C throws the line away, as in a shell. A line that is not UTF-8 is answered, and not handed out.

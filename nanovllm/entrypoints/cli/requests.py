@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -36,7 +36,7 @@ def sampling_params(llm: LLM, given: dict[str, Any], max_tokens: int | None) -> 
     return params
 
 
-def stream(llm: LLM, prompt: PromptType, params: SamplingParams) -> Iterator[RequestOutput]:
+def stream(llm: LLM, prompt: PromptType, params: SamplingParams) -> Generator[RequestOutput, None, None]:
     """What is new of one request, step by step. Closing the iterator ends the request.
 
     Raises:
