@@ -52,6 +52,16 @@ class Batch:
     place: tuple[int, int]  # the chunk it was drawn from, and its number there
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves."""
+
+    model: Qwen3
+    shape: Shape
+    log: list[dict[str, Any]]  # one entry every twenty steps
+    changes: int  # how often the data changed on the way; if ever, the run is not that of its seed
+
+
 def main() -> None:
     """Parses the command line, trains and exports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,8 +92,7 @@ def main() -> None:
     corpus = Corpus()
     tokenizer = load_tokenizer(args.out, corpus, args.seed, args.tokenizer)
     shape = SMALL if args.small else Shape()
-    model, log = train(args, shape, corpus, tokenizer)
-    export(model, shape, tokenizer, args, log, args.out / "model")
+    export(train(args, shape, corpus, tokenizer), tokenizer, args, args.out / "model")
     print(f"The model is in {args.out / 'model'}; `--install` ships it.")
 
 
@@ -141,10 +150,8 @@ def make_batch(rows: list[Row], place: tuple[int, int] = (0, 0)) -> Batch:
     return Batch(ids, at, ids.flatten()[at + 1], weights.flatten()[at], place)
 
 
-def train(
-    args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tokenizer
-) -> tuple[Qwen3, list[dict[str, Any]]]:
-    """Trains from the last checkpoint, or from the start. Returns the model and the log."""
+def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tokenizer) -> Trained:
+    """Trains from the last checkpoint, or from the start."""
     torch.manual_seed(args.seed)
     model = Qwen3(shape).to(args.device)
     if args.start_from:
@@ -157,7 +164,8 @@ def train(
         torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    step, place, log, data = 0, (0, -1), [], data_hash()
+    step, place, log = 0, (0, -1), []
+    data, changes = data_hash(), 0
     path = args.out / "checkpoint.pt"
     if path.exists():
         state = torch.load(path, map_location=args.device, weights_only=False)
@@ -165,8 +173,7 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, place, log = state["step"], state["place"], state["log"]
-        if state.get("data", data) != data:
-            print("The data has changed since the checkpoint: the result is not that of a run from the start.")
+        changes = state["changes"] + (state["data"] != data)
     stream = batches(corpus, tokenizer, args.seed, args.step_tokens // 2, place)
     progress = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
     started, loss_sum, tokens = time.time(), 0.0, 0
@@ -190,10 +197,10 @@ def train(
         model.zero_grad(set_to_none=True)
         step += 1
         progress.update()
-        if step % 20 == 0:
+        if step % 20 == 0 or step == args.steps:
             entry = {
                 "step": step,
-                "loss": round(loss_sum / 20, 4),
+                "loss": round(loss_sum / (step % 20 or 20), 4),
                 "tokens": tokens,
                 "seconds": round(time.time() - started, 1),
             }
@@ -202,13 +209,13 @@ def train(
             started, loss_sum, tokens = time.time(), 0.0, 0
         if step % args.checkpoint_every == 0 or step == args.steps:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            state |= {"step": step, "place": place, "log": log, "data": data}
+            state |= {"step": step, "place": place, "log": log, "data": data, "changes": changes}
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
             (args.out / "log.json").write_text(json.dumps(log))
             plot(log, args.out / "loss.png")
     progress.close()
-    return model, log
+    return Trained(model, shape, log, changes)
 
 
 def batch_loss(model: Qwen3, batch: Batch, device: str) -> Tensor:
@@ -256,18 +263,16 @@ def data_hash() -> str:
     return digest.hexdigest()
 
 
-def export(
-    model: Qwen3, shape: Shape, tokenizer: Tokenizer, args: argparse.Namespace, log: list[dict[str, Any]], folder: Path
-) -> None:
+def export(trained: Trained, tokenizer: Tokenizer, args: argparse.Namespace, folder: Path) -> None:
     """Writes the checkpoint folder that engines load: weights in bfloat16, configuration, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     ends = [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)]
-    weights = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in trained.model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    save_tokenizer(tokenizer, folder, shape.max_position_embeddings)
+    save_tokenizer(tokenizer, folder, trained.shape.max_position_embeddings)
     files = {
-        "config.json": shape.config(ends[1], ends[0]),
+        "config.json": trained.shape.config(ends[1], ends[0]),
         "generation_config.json": {
             "bos_token_id": ends[1],
             "eos_token_id": ends,
@@ -281,14 +286,15 @@ def export(
         "training.json": {
             "seed": args.seed,
             "steps": args.steps,
-            "tokens": sum(entry["tokens"] for entry in log),
-            "minutes": round(sum(entry["seconds"] for entry in log) / 60, 1),
-            "loss": log[-1]["loss"] if log else None,
+            "tokens": sum(entry["tokens"] for entry in trained.log),
+            "minutes": round(sum(entry["seconds"] for entry in trained.log) / 60, 1),
+            "loss": trained.log[-1]["loss"],
             "parameters": sum(value.numel() for value in weights.values()),
             "device": args.device,
             "torch": torch.__version__,
             "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "data_sha256": data_hash(),
+            "data_changes": trained.changes,
             "command": f"scripts/train_demo_model.py --steps {args.steps} --decay {args.decay} --seed {args.seed}",
         },
     }

@@ -18,16 +18,16 @@ from .lists import lines
 from .phrases import disturb, phrases, punctuate
 from .tools import call_text, draw_case, draw_value, new_name
 
-# The share of each kind of example, in percent.
+# The shares of the kinds of examples, about percents.
 SHARES = {
-    "question": 40,
+    "question": 34,
     "raw": 7,
     "thought": 3,
     "follow": 9,
-    "sum": 11,
-    "drill": 3,
-    "tool": 12,
-    "echo": 5,
+    "sum": 16,
+    "drill": 8,
+    "tool": 14,
+    "echo": 4,
     "unknown": 3,
     "name": 2,
     "capital": 2,
