@@ -28,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "nanovllm bench throughput --help and nanovllm bench latency --help describe them."
     parser.set_defaults(bench=None, show_help=parser.print_help)
     kinds = parser.add_subparsers(dest="bench", metavar="KIND", title="kinds", parser_class=CommandParser)
-    text = "how many requests and tokens per second, if all requests are there at once"
-    _add_throughput_arguments(kinds.add_parser("throughput", help=text, description=text[0].upper() + text[1:] + "."))
-    text = "how long one batch takes"
-    _add_latency_arguments(kinds.add_parser("latency", help=text, description=text[0].upper() + text[1:] + "."))
+    for kind, text, add in (
+        ("throughput", "how many requests and tokens per second, if all are there at once", _add_throughput_arguments),
+        ("latency", "how long one batch takes", _add_latency_arguments),
+    ):
+        description = text[0].upper() + text[1:] + "."
+        add(kinds.add_parser(kind, help=text, description=description, usage="%(prog)s [options]"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ _SAMPLING = {name: text for name, text in SAMPLING_HELP.items() if name not in (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    parser.usage = "%(prog)s [options]"
     parser.epilog = (
         "Every line, typed or from a pipe, is a message. /help lists commands; Ctrl-C stops an answer, Ctrl-D ends. "
         'Example: nanovllm chat -q "What is paged attention?"'
