@@ -90,7 +90,11 @@ def _add_latency_arguments(parser: argparse.ArgumentParser) -> None:
     _add_count(parser, "--n", 1, "outputs per request, or the width of the beam")
     parser.add_argument("--use-beam-search", action="store_true", help="search with a beam instead of sampling")
     parser.add_argument(
-        "--num-iters-warmup", type=human_int, default=10, metavar="N", help="batches before those that count"
+        "--num-iters-warmup",
+        type=human_int,
+        default=10,
+        metavar="N",
+        help="batches before those that count (default: 10)",
     )
     _add_count(parser, "--num-iters", 30, "batches that count")
     parser.set_defaults(enable_prefix_caching=False)  # or every batch but the first would find its prompts computed
