@@ -88,6 +88,9 @@ struct LinearArguments {
 };
 void nanovllm_linear(const LinearArguments* arguments);
 
+// out [count, inputs] = rows of W, from what is said of the packed weight in ``arguments``.
+void nanovllm_unpack_rows(const LinearArguments* arguments, const int64_t* rows, int64_t count, void* out);
+
 // Linear layers with weights quantised to 8 or 4 bits. ``inputs`` is a multiple of ``group``, and that of 16.
 struct QuantizedWeight {
     void* packed;  // nanovllm_quantized_bytes bytes
@@ -109,5 +112,6 @@ struct QuantizedArguments {
     int32_t dtype;   // of x, bias and out
 };
 void nanovllm_quantized_linear(const QuantizedArguments* arguments);
+void nanovllm_dequantize_rows(const QuantizedArguments* arguments, const int64_t* rows, int64_t count, void* out);
 }
 #pragma GCC visibility pop

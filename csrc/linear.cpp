@@ -8,10 +8,10 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "dtype.h"
 #include "product.h"
+#include "rows.h"
 #include "transpose.h"
 
 namespace {
@@ -99,4 +99,15 @@ void nanovllm_linear(const LinearArguments* arguments) {
         linear<float>(*arguments);
     else
         linear<bf16>(*arguments);
+}
+
+void nanovllm_unpack_rows(const LinearArguments* arguments, const int64_t* rows, int64_t count, void* out) {
+    const LinearArguments& a = *arguments;
+    const int64_t depth = a.dtype == FLOAT32 ? a.inputs : a.inputs / 2;
+    const cell* packed = static_cast<const cell*>(a.packed);
+    for_rows(count, a.inputs, [=](int64_t i) {
+        const cell* column = packed + rows[i] / PANEL * PANEL * depth + rows[i] % PANEL;
+        cell* to = static_cast<cell*>(out) + i * depth;
+        for (int64_t c = 0; c < depth; ++c) to[c] = column[c * PANEL];
+    });
 }

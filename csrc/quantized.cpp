@@ -272,6 +272,26 @@ void linear(const QuantizedArguments& a) {
 }
 
 template <class T>
+void dequantize_rows(const QuantizedWeight& w, const int64_t* rows, int64_t count, T* out) {
+    const int64_t depth = cells_of(w.inputs, w.bits), groups = w.inputs / w.group, group_cells = depth / groups;
+    for_rows(count, w.inputs, [=](int64_t i) {
+        const int64_t panel = rows[i] / PANEL, column = rows[i] % PANEL;
+        const cell* from = static_cast<const cell*>(w.packed) + panel * depth * PANEL + column;
+        const bf16* scales = static_cast<const bf16*>(w.scales) + panel * groups * PANEL + column;
+        T* to = out + i * w.inputs;
+        for (int64_t n = 0; n < w.inputs; ++n) {
+            const int64_t group = n / w.group, in_group = n % w.group, half = w.group / 2;
+            const int64_t byte = w.bits == 8 ? in_group : in_group % half;
+            const cell bytes = from[(group * group_cells + byte / CELL_WEIGHTS) * PANEL];
+            int q = bytes >> byte % CELL_WEIGHTS * 8 & 0xff;
+            if (w.bits == 4) q = in_group < half ? q & 0x0f : q >> 4;
+            const float scale = bit_cast<float>(uint32_t(scales[group * PANEL].bits) << 16);
+            store_some(to + n, splat(float(q - offset_of(w.bits)) * scale), 1);
+        }
+    });
+}
+
+template <class T>
 void linear(const QuantizedArguments& a) {
     if (a.weight.bits == 4) return linear<T, 4, 2>(a);
     if (a.digits == 2) return linear<T, 8, 2>(a);
@@ -294,4 +314,10 @@ void nanovllm_quantize(const QuantizedWeight* to, const void* weight, int64_t st
 
 void nanovllm_quantized_linear(const QuantizedArguments* arguments) {
     with_type(arguments->dtype, [=](auto number) { linear<decltype(number)>(*arguments); });
+}
+
+void nanovllm_dequantize_rows(const QuantizedArguments* arguments, const int64_t* rows, int64_t count, void* out) {
+    with_type(arguments->dtype, [=](auto number) {
+        dequantize_rows(arguments->weight, rows, count, static_cast<decltype(number)*>(out));
+    });
 }

@@ -322,6 +322,22 @@ def test_quantized_linear_of_a_row_is_the_same_bits_in_any_batch(instruction_set
         assert torch.equal(linear.linear(x[:rows], packed, bias), expected[:rows])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_of_a_packed_weight_are_those_of_the_weight(instruction_set, dtype: torch.dtype) -> None:
+    """An embedding can read its rows from the output head."""
+    linear = CpuLinear(cpu_library.load_library(instruction_set), REFERENCE)
+    weight, indices = normal(1, 150, 72, dtype=dtype), torch.tensor([0, 149, 63, 64, 7, 7])
+    assert torch.equal(linear.rows(linear.pack_linear(weight), indices), weight[indices])
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZATIONS))
+def test_rows_of_a_quantized_weight_are_those_its_products_see(instruction_set, name) -> None:
+    linear = CpuLinear(cpu_library.load_library(instruction_set), REFERENCE, name)
+    packed = linear.pack_linear(normal(1, 150, 128, dtype=torch.float32))
+    indices = torch.tensor([0, 149, 63, 64, 7, 7])
+    torch.testing.assert_close(linear.rows(packed, indices).double(), dequantized(linear, packed, 128)[indices])
+
+
 @pytest.mark.parametrize("name", sorted(QUANTIZATIONS))
 def test_quantized_linear_of_zeros_is_zero(instruction_set, name) -> None:
     """No scale is divided by."""

@@ -72,7 +72,7 @@ class CpuAttention:
         window: int | None,
     ) -> AttentionArguments:
         """The arguments of a call, all but the addresses of its tensors."""
-        tokens, heads, head_dim = q.shape
+        _, heads, head_dim = q.shape
         if not (
             q.dtype == k_cache.dtype == v_cache.dtype
             and k_cache.stride() == v_cache.stride()

@@ -1,7 +1,7 @@
 """Norms, rotary embedding, activation and the KV write, on the C++ kernels.
 
-Each is ``ops/reference.py``'s operator of the same name, rounded at the same points. Tensors are handed over by address:
-shapes and strides the kernels do not know go to the base operators.
+Each is ``ops/reference.py``'s operator of the same name, rounded at the same points. Tensors are handed over by
+address; shapes and strides the kernels do not know go to the base operators.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -91,6 +91,8 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments; nothing is returned
     "silu_and_mul": (_P, _P, _N, _N, _I),
     "pack_linear": (_P, _N, _N, _N, _P, _I),
     "linear": (ctypes.POINTER(LinearArguments),),
+    "unpack_rows": (ctypes.POINTER(LinearArguments), _P, _N, _P),
+    "dequantize_rows": (ctypes.POINTER(QuantizedArguments), _P, _N, _P),
     "quantize": (ctypes.POINTER(QuantizedWeight), _P, _N, _I),
     "quantized_linear": (ctypes.POINTER(QuantizedArguments),),
 }
@@ -125,7 +127,7 @@ def supported_instruction_sets() -> list[str]:
     ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_library(instruction_set: str | None = None) -> Library | None:
     """The kernels for ``instruction_set``, by default ``$NANOVLLM_CPU_ISA`` or the best the CPU has.
 

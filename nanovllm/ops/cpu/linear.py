@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.cpu.library import DTYPES, Library, LinearArguments, QuantizedArguments, QuantizedWeight
+from nanovllm.ops.cpu.memory import advise_huge_pages
 from nanovllm.ops.operators import Operators
 
 
@@ -41,6 +42,7 @@ class PackedWeight:
 
     memory: tuple[Tensor, ...]
     outputs: int
+    inputs: int
     dtype: torch.dtype
     call: LinearArguments | QuantizedArguments
     run: Callable[..., None]
@@ -58,31 +60,32 @@ class CpuLinear:
 
     def pack_linear(self, weight: Tensor) -> PackedWeight | Tensor:
         """A packed copy of ``weight`` [out, in]; what the kernels cannot take goes to the base operators."""
-        quantization = self._quantization
-        if quantization is not None and weight.dtype in DTYPES and weight.stride(1) == 1:
-            if weight.shape[1] % (quantization.group or 16) == 0 and weight.shape[1] > 0:
-                return self._quantize(weight, quantization)
-        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.stride(1) != 1:
-            return self._base.pack_linear(weight)
         outputs, inputs = weight.shape
+        if weight.dtype not in DTYPES or weight.stride(1) != 1 or inputs == 0:
+            return self._base.pack_linear(weight)
+        quantization = self._quantization
+        if quantization is not None and inputs % (quantization.group or 16) == 0:
+            return self._quantize(weight, quantization)
+        if weight.dtype == torch.float16:
+            return self._base.pack_linear(weight)
         if weight.dtype == torch.bfloat16 and (inputs % 2 or weight.stride(0) % 2 or weight.data_ptr() % 4):
             return self._base.pack_linear(weight)
         dtype = DTYPES[weight.dtype]
-        memory = torch.empty(self._library.packed_bytes(outputs, inputs, dtype), dtype=torch.uint8)
+        memory = _allocate(self._library.packed_bytes(outputs, inputs, dtype))
         self._library.pack_linear(weight.data_ptr(), outputs, inputs, weight.stride(0), memory.data_ptr(), dtype)
         call = LinearArguments(packed=memory.data_ptr(), inputs=inputs, outputs=outputs, x_stride=inputs, dtype=dtype)
-        return PackedWeight((memory,), outputs, weight.dtype, call, self._library.linear)
+        return PackedWeight((memory,), outputs, inputs, weight.dtype, call, self._library.linear)
 
     def _quantize(self, weight: Tensor, quantization: Quantization) -> PackedWeight:
         outputs, inputs = weight.shape
         group, bits = quantization.group or inputs, quantization.bits
-        memory = torch.empty(self._library.quantized_bytes(outputs, inputs, bits), dtype=torch.uint8)
+        memory = _allocate(self._library.quantized_bytes(outputs, inputs, bits))
         scales = torch.empty(self._library.scale_count(outputs, inputs, group), dtype=torch.bfloat16)
         packed = QuantizedWeight(memory.data_ptr(), scales.data_ptr(), outputs, inputs, group, bits)
         dtype = DTYPES[weight.dtype]
         self._library.quantize(packed, weight.data_ptr(), weight.stride(0), dtype)
         call = QuantizedArguments(weight=packed, digits=quantization.digits, dtype=dtype)
-        return PackedWeight((memory, scales), outputs, weight.dtype, call, self._library.quantized_linear)
+        return PackedWeight((memory, scales), outputs, inputs, weight.dtype, call, self._library.quantized_linear)
 
     def linear(self, x: Tensor, packed: PackedWeight | Tensor, bias: Tensor | None) -> Tensor:
         """See ``reference.linear``; a row of the result has the same bits whatever the other rows of x are."""
@@ -97,3 +100,24 @@ class CpuLinear:
         call.bias = None if bias is None else bias.data_ptr()
         packed.run(call)
         return out
+
+    def rows(self, packed: PackedWeight | Tensor, indices: Tensor) -> Tensor:
+        """Rows ``indices`` (int64 [T]) of a packed weight: [T, in]. So an embedding can share its output head's memory.
+
+        Exactly the rows that were packed; those of a quantised weight as its products see them, rounded to the dtype.
+        """
+        if not isinstance(packed, PackedWeight):
+            return packed[indices]
+        out = torch.empty((indices.shape[0], packed.inputs), dtype=packed.dtype)
+        indices = indices.contiguous()
+        if isinstance(packed.call, LinearArguments):
+            self._library.unpack_rows(packed.call, indices.data_ptr(), indices.shape[0], out.data_ptr())
+        else:
+            self._library.dequantize_rows(packed.call, indices.data_ptr(), indices.shape[0], out.data_ptr())
+        return out
+
+
+def _allocate(size: int) -> Tensor:
+    memory = torch.empty(size, dtype=torch.uint8)
+    advise_huge_pages(memory)
+    return memory
