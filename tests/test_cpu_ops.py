@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_batches import PagedBatch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from nanovllm.ops.cpu import library as cpu_library
 from nanovllm.ops.cpu import operators
 from nanovllm.ops.cpu.elementwise import Elementwise
 from nanovllm.ops.cpu.linear import QUANTIZATIONS, CpuLinear, PackedWeight
-from tests.cpu_batches import PagedBatch
 
 INSTRUCTION_SETS = cpu_library.supported_instruction_sets()
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the C++ kernels are not built")
