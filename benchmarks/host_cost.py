@@ -57,6 +57,7 @@ def make_engine(running: int, model: str) -> tuple[LLMEngine, NoModel]:
     args = EngineArgs(
         model=model,
         load_format="dummy",
+        quantization=None,
         block_size=BLOCK_SIZE,
         max_num_seqs=running,
         max_num_batched_tokens=1 << 20,

@@ -51,6 +51,7 @@ class ModelConfig:
     max_model_len: int  # tokens, prompt and output together
     vocab_size: int
     load_format: str
+    quantization: str | None  # what is done to the weights as they are loaded
     seed: int
     tokenizer: Path | None
     tokenizer_mode: str
@@ -206,6 +207,7 @@ class EngineArgs:
             max_model_len=max_model_len,
             vocab_size=_positive(hf_config, "vocab_size", path),
             load_format="safetensors" if self.load_format == "auto" else self.load_format,
+            quantization=self.quantization,
             seed=self.seed or 0,
             tokenizer=self._tokenizer_path(path),
             tokenizer_mode=self.tokenizer_mode,
@@ -241,7 +243,7 @@ class EngineArgs:
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _one_of("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256",))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
-        _one_of("quantization", self.quantization, (None,))
+        _one_of("quantization", self.quantization, (None, "int8", "int4", "w8a8"))
         _one_of("distributed_executor_backend", self.distributed_executor_backend, (None, "uni"))
         _one_of("disable_log_stats", self.disable_log_stats, (True,))
         modes = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")

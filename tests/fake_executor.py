@@ -75,6 +75,7 @@ def engine_config(
         max_model_len=max_model_len,
         vocab_size=100,
         load_format="dummy",
+        quantization=None,
         seed=0,
         tokenizer=None,
         tokenizer_mode="auto",

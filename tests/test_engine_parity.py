@@ -249,3 +249,22 @@ def test_bf16_stays_within_rounding_of_transformers(tmp_path: Path):
         for i, entry in enumerate(output.outputs[0].logprobs):
             (token, value), *_ = entry.items()
             assert value.logprob == pytest.approx(exact[len(prompt) - 1 + i, token].item(), abs=0.15)
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.1), ("w8a8", 0.2), ("int4", 2.0)])
+def test_quantised_weights_stay_close(tmp_path: Path, quantization: str, tolerance: float):
+    """Mean error of log-probabilities against the same checkpoint in float32; the tied embedding is quantised too."""
+    model = make_checkpoint(
+        tmp_path, "qwen3", hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=True
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
+    with engine(tmp_path, quantization=quantization) as llm:
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    errors = []
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        exact = reference_logits(model, prompt + output.outputs[0].token_ids).log_softmax(-1)
+        for i, entry in enumerate(output.outputs[0].logprobs):
+            (token, value), *_ = entry.items()
+            errors.append(abs(value.logprob - exact[len(prompt) - 1 + i, token].item()))
+    mean = sum(errors) / len(errors)
+    assert 1e-5 < mean < tolerance, mean

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm.errors import ModelError
 from nanovllm.models import build_model, loader
-from nanovllm.ops import operator_table, torch_operators
+from nanovllm.ops import torch_operators
 from nanovllm.parallel import ParallelContext
 
 PROMPT = list(range(20))
@@ -166,7 +166,7 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> A
         config["architectures"][0],
         dtype=dtype,
         device="cpu",
-        ops=operator_table("cpu"),
+        ops=torch_operators(),
         parallel=ParallelContext(),
         max_model_len=64,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.layers.weights import LayerContext, Slots, WeightSlot
@@ -14,6 +13,9 @@ class VocabShard:
     """This rank's rows of a [vocab, hidden] matrix.
 
     Every rank holds ``ceil(vocab / world)`` rows; rows beyond the vocabulary, on the last ranks, are zero padding.
+
+    Attributes:
+        weight: the rows; once an output head has packed them, in the operators' own form.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
@@ -21,7 +23,7 @@ class VocabShard:
         rows = -(-vocab_size // context.parallel.world)
         self.start = min(context.parallel.rank * rows, vocab_size)
         self.filled = min(rows, vocab_size - self.start)
-        self.weight = context.empty(rows, hidden_size)
+        self.weight: Any = context.empty(rows, hidden_size)
         self.weight[self.filled :].zero_()
 
     def slots(self, name: str) -> Slots:
@@ -35,38 +37,32 @@ class Embedding:
 
     def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
         self.shard = VocabShard(vocab_size, hidden_size, context)
+        self.ops = context.ops
         self.parallel = context.parallel
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [T] -> [T, hidden]."""
         if self.parallel.world == 1:
-            return F.embedding(token_ids, self.shard.weight)
+            return self.ops.weight_rows(self.shard.weight, token_ids)
         local = token_ids - self.shard.start
         elsewhere = (local < 0) | (local >= self.shard.filled)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.shard.weight)
+        rows = self.ops.weight_rows(self.shard.weight, local.masked_fill(elsewhere, 0))
         return self.parallel.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
 
 class OutputHead:
-    """Hidden vectors -> logits.
+    """Hidden vectors -> logits. A tied head is given the embedding's shard: the two share one matrix."""
 
-    A tied head is given the embedding's shard: the two share one matrix, unless the device's ``pack_linear`` copies it.
-    """
-
-    def __init__(self, shard: VocabShard, tied: bool, context: LayerContext) -> None:
+    def __init__(self, shard: VocabShard, context: LayerContext) -> None:
         self.shard = shard
-        self.tied = tied
         self.ops = context.ops
         self.parallel = context.parallel
-        self.packed: Any = None
 
     def finish(self) -> None:
-        """Bring the weight into the operator's own form; where that is a copy, an untied original is given up."""
-        self.packed = self.ops.pack_linear(self.shard.weight)
-        if not self.tied:
-            del self.shard.weight
+        """Bring the weight into the operators' own form, for both of those who share it."""
+        self.shard.weight = self.ops.pack_linear(self.shard.weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> logits float32 [S, vocab], whole on every rank."""
-        logits = self.parallel.all_gather(self.ops.linear(hidden, self.packed, None))
+        logits = self.parallel.all_gather(self.ops.linear(hidden, self.shard.weight, None))
         return logits[:, : self.shard.vocab_size].float()

@@ -145,7 +145,7 @@ class Decoder:
         self.layers = [DecoderLayer(spec, window, heads, context) for window in spec.windows]
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, context)
         shard = self.embedding.shard if spec.tied else VocabShard(spec.vocab_size, spec.hidden_size, context)
-        self.head = OutputHead(shard, spec.tied, context)
+        self.head = OutputHead(shard, context)
 
     def slots(self) -> Slots:
         """Every checkpoint tensor this model needs, by its name in the checkpoint."""

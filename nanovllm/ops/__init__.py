@@ -29,6 +29,7 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
         gelu_and_mul=reference.gelu_and_mul,
         pack_linear=reference.pack_linear,
         linear=reference.linear,
+        weight_rows=reference.weight_rows,
         write_kv=reference.write_kv,
         copy_blocks=reference.copy_blocks,
         prepare_attention=attention.prepare_attention,
@@ -36,23 +37,24 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
     )
 
 
-def operator_table(device: str, attention_backend: str | None = None) -> Operators:
+def operator_table(device: str, attention_backend: str | None = None, quantization: str | None = None) -> Operators:
     """The operators of ``device`` ("cpu"), for one engine: torch's, but for those the device does better.
 
-    ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's. Raises
-    ParameterError for a device or a backend that does not exist.
+    ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's.
+    ``quantization`` ("int8", "int4" or "w8a8") is what ``pack_linear`` does to a weight. Raises ParameterError for what
+    does not exist.
     """
     from nanovllm.ops import cpu
 
     if device != "cpu":
         raise ParameterError("no operators for this device; choose 'cpu'", "device", device)
     if attention_backend is None:
-        return cpu.operators(torch_operators())
+        return cpu.operators(torch_operators(), quantization)
     if attention_backend not in ATTENTION_BACKENDS:
         raise ParameterError(f"choose one of {', '.join(ATTENTION_BACKENDS)}", "attention_backend", attention_backend)
     torchs = torch_operators(attention_backend)
     return replace(
-        cpu.operators(torchs),
+        cpu.operators(torchs, quantization),
         prepare_attention=torchs.prepare_attention,
         paged_attention=torchs.paged_attention,
     )

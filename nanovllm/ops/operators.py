@@ -25,6 +25,7 @@ class Operators:
     gelu_and_mul: Callable[[Tensor, str], Tensor]
     pack_linear: Callable[[Tensor], Any]
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
+    weight_rows: Callable[[Any, Tensor], Tensor]
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     copy_blocks: Callable[[Sequence[tuple[Tensor, Tensor]], Sequence[int], Sequence[int]], None]
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]

@@ -65,6 +65,11 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, packed, bias)
 
 
+def weight_rows(packed: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` int64 [T] of a weight [out, in], packed or not: [T, in]. An embedding finds its tokens here."""
+    return F.embedding(indices, packed)
+
+
 # ---- paged KV cache -----------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ class ModelRunner:
         platform = get_platform(config.device)
         platform.set_threads()
         self.device = torch.device(platform.device)
-        self.ops = operator_table(platform.device, config.attention_backend)
+        self.ops = operator_table(platform.device, config.attention_backend, config.model.quantization)
         model = config.model
         self.model = build_model(
             model.hf_config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from nanovllm.errors import ParameterError
 from nanovllm.ops.operators import Operators
 
 __all__ = ["operators"]
@@ -23,6 +24,12 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
     from nanovllm.ops.cpu.linear import CpuLinear
 
     library = load_library()
+    if library is None and quantization is not None:
+        raise ParameterError(
+            "weights are quantised by C++ kernels, and none are built: python -m nanovllm.ops.cpu.build",
+            "quantization",
+            quantization,
+        )
     if library is None:
         logger.warning("No C++ kernels: running on torch's operators. Build them: python -m nanovllm.ops.cpu.build")
         return base
@@ -40,6 +47,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
         write_kv=elementwise.write_kv,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
+        weight_rows=linear.rows,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
     )

@@ -107,7 +107,7 @@ class CpuLinear:
         Exactly the rows that were packed; those of a quantised weight as its products see them, rounded to the dtype.
         """
         if not isinstance(packed, PackedWeight):
-            return packed[indices]
+            return self._base.weight_rows(packed, indices)
         out = torch.empty((indices.shape[0], packed.inputs), dtype=packed.dtype)
         indices = indices.contiguous()
         if isinstance(packed.call, LinearArguments):
