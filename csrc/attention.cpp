@@ -446,7 +446,7 @@ struct Attention<T>::Task {
         for (int n = 0; n < TILE / LANES; ++n) {
             const f32v p = exp2_of_negative(x[n] - splat(maximum));
             sum = sum + p;
-            store(reinterpret_cast<Probability*>(probabilities) + i * TILE + n * LANES, p);
+            store_normal(reinterpret_cast<Probability*>(probabilities) + i * TILE + n * LANES, p);
         }
         store(lane_sums + query * LANES, sum);
     }

@@ -8,7 +8,7 @@
 
 constexpr int TILE = 64;          // keys
 constexpr int PARTITION = 512;    // keys; a multiple of TILE
-constexpr int UNIT_QUERIES = 48;  // about: tokens times query heads
+constexpr int UNIT_QUERIES = 96;  // about: tokens times query heads
 constexpr int PACKING = 8;        // packing a key costs as much as its products with this many queries
 
 // Some tokens of a row, and the query heads that read some KV heads.

@@ -186,6 +186,17 @@ inline void store(bf16* to, f32v v) {
     std::memcpy(to, &half, sizeof half);
 }
 
+// As store, for numbers of which subnormal ones may become zero.
+inline void store_normal(float* to, f32v v) { store(to, v); }
+inline void store_normal(bf16* to, f32v v) {
+#if defined(__AVX512BF16__)
+    const u16v half = bit_cast<u16v>(_mm512_cvtneps_pbh((__m512)v));
+    std::memcpy(to, &half, sizeof half);
+#else
+    store(to, v);
+#endif
+}
+
 inline void store(fp16* to, f32v v) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
