@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from cpu_batches import PagedBatch
@@ -355,3 +358,20 @@ def test_an_unknown_quantization_is_an_error() -> None:
 def test_an_instruction_set_the_machine_lacks_is_an_error() -> None:
     with pytest.raises(ParameterError, match="NANOVLLM_CPU_ISA"):
         cpu_library.load_library("avx1024")
+
+
+@pytest.mark.parametrize("broken", ["not a library", "another library"])
+def test_libraries_that_do_not_fit_are_passed_over_with_a_notice(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = INSTRUCTION_SETS[-1]
+    file = tmp_path / cpu_library.library_file(name)
+    if broken == "not a library":
+        file.write_bytes(b"nothing")
+    else:
+        import _ctypes
+
+        shutil.copy(_ctypes.__file__, file)
+    monkeypatch.setattr(cpu_library, "LIBRARIES", tmp_path)
+    assert cpu_library.load_library.__wrapped__(name) is None
+    assert "build them again" in caplog.text

@@ -26,6 +26,13 @@ class CpuPlatform:
     overlap = False
     memory_utilization = 0.5
 
+    def __init__(self) -> None:
+        # An OpenMP thread that has nothing to do spins, by default for milliseconds. That is no use between two steps,
+        # and on a machine with other work it takes the core from the thread that has some: a decode of a small model
+        # was twice as slow. libgomp reads this when torch loads it.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
     def resolve_dtype(self, dtype: str, checkpoint_dtype: str | None) -> str:
         """The dtype to compute in, for what the user asked and what the checkpoint holds (None: it does not say).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -12,6 +13,8 @@ import torch
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.cpu.build import LIBRARIES, X86_INSTRUCTION_SETS, library_file
+
+logger = logging.getLogger("nanovllm")
 
 VARIABLE = "NANOVLLM_CPU_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype in csrc/kernels.h
@@ -131,7 +134,8 @@ def supported_instruction_sets() -> list[str]:
 def load_library(instruction_set: str | None = None) -> Library | None:
     """The kernels for ``instruction_set``, by default ``$NANOVLLM_CPU_ISA`` or the best the CPU has.
 
-    None if no library is built. Raises ParameterError for an instruction set the CPU or the build lacks.
+    None if no library is built, or it does not fit these sources. Raises ParameterError for an instruction set the CPU
+    or the build lacks.
     """
     supported = supported_instruction_sets()
     wanted = instruction_set or os.environ.get(VARIABLE) or (supported[0] if supported else None)
@@ -139,7 +143,11 @@ def load_library(instruction_set: str | None = None) -> Library | None:
         return None
     if wanted not in supported:
         raise ParameterError(f"this machine has kernels for: {', '.join(supported) or 'none'}", VARIABLE, wanted)
-    return Library(LIBRARIES / library_file(wanted), wanted)
+    try:
+        return Library(LIBRARIES / library_file(wanted), wanted)
+    except (OSError, AttributeError) as error:  # built from other sources, or for another machine
+        logger.warning("The C++ kernels cannot be used (%s); build them again.", error)
+        return None
 
 
 def _cpu_flags() -> set[str]:
