@@ -150,15 +150,20 @@ def table_lines(table: dict[str, tuple[int, int]]) -> list[str]:
 
 def write_report(path: Path, folder: Path, lines: list[str], answered: list[Answered]) -> None:
     """Replaces what stands between the two marks of ``path`` by the figures and the failures."""
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    stages = [json.loads((folder / "training.json").read_text(encoding="utf-8"))]
+    while "after" in stages[0]:
+        stages.insert(0, stages[0]["after"])
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     parts = [
         BEGIN,
         "",
-        f"{training['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all; "
-        f"{training['steps']} steps, "
-        f"{training['tokens'] / 1e6:.1f} million tokens, {training['minutes']:.0f} minutes on {training['device']}, "
-        f"final loss {training['loss']:.3f}.",
+        f"{stages[-1]['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all.",
+        *(
+            f"Trained {stage['steps']} steps on {stage['tokens'] / 1e6:.1f} million tokens, seed {stage['seed']}, "
+            f"rate {stage['learning_rate']}, {stage['minutes']:.0f} minutes on {stage['device']}; "
+            f"last loss {stage['loss']:.3f}."
+            for stage in stages
+        ),
         "",
         *lines,
         "",

@@ -28,7 +28,7 @@ from demo_data.chat import END_OF_TEXT, END_OF_TURN
 from demo_data.corpus import Corpus
 from demo_data.model import Qwen3, Shape
 from demo_data.tokenizer import save_tokenizer, train_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -155,8 +155,6 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
     torch.manual_seed(args.seed)
     model = Qwen3(shape).to(args.device)
     if args.start_from:
-        from safetensors.torch import load_file
-
         model.load_state_dict({k: v.float() for k, v in load_file(args.start_from / "model.safetensors").items()})
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -271,7 +269,7 @@ def export(trained: Trained, tokenizer: Tokenizer, args: argparse.Namespace, fol
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     save_tokenizer(tokenizer, folder, trained.shape.max_position_embeddings)
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "config.json": trained.shape.config(ends[1], ends[0]),
         "generation_config.json": {
             "bos_token_id": ends[1],
@@ -295,9 +293,13 @@ def export(trained: Trained, tokenizer: Tokenizer, args: argparse.Namespace, fol
             "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "data_sha256": data_hash(),
             "data_changes": trained.changes,
-            "command": f"scripts/train_demo_model.py --steps {args.steps} --decay {args.decay} --seed {args.seed}",
+            "learning_rate": args.learning_rate,
+            "decay": args.decay,
+            "step_tokens": args.step_tokens,
         },
     }
+    if args.start_from:
+        files["training.json"]["after"] = json.loads((args.start_from / "training.json").read_text(encoding="utf-8"))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

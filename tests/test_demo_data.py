@@ -278,3 +278,8 @@ def test_shipped_model_answers_and_ends() -> None:
         text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         assert out[0, -1] in model.generation_config.eos_token_id
         assert "fixed-size blocks" in text or "固定大小的块" in text
+
+
+def test_a_question_shows_its_language() -> None:
+    source, rng = corpus.Corpus(), Random(5)
+    assert not any(source.question(source.any_topic(rng), "zh", rng).isascii() for _ in range(3000))

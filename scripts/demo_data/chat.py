@@ -13,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 TEMPLATE_FILE = Path(__file__).parent / "chat_template.jinja"
 END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
+# What the template ends a prompt with when no thinking is wanted.
+NO_THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 @cache

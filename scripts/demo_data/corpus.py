@@ -12,7 +12,7 @@ from typing import Any
 
 from . import unknown
 from .arithmetic import Sum, ask_sum, draw_sum
-from .chat import END_OF_TEXT, END_OF_TURN, render
+from .chat import END_OF_TEXT, END_OF_TURN, NO_THOUGHT, render
 from .knowledge import Topic, load_facts, load_topics
 from .lists import lines
 from .phrases import disturb, phrases, punctuate
@@ -20,14 +20,14 @@ from .tools import call_text, draw_case, draw_value, new_name
 
 # The shares of the kinds of examples, about percents.
 SHARES = {
-    "question": 34,
-    "raw": 7,
-    "thought": 3,
+    "question": 33,
+    "raw": 10,
+    "thought": 4,
     "follow": 9,
     "sum": 16,
     "drill": 8,
-    "tool": 14,
-    "echo": 4,
+    "tool": 18,
+    "echo": 6,
     "unknown": 3,
     "name": 2,
     "capital": 2,
@@ -55,8 +55,17 @@ class Example:
 
 
 def _example(prompt: str, answer: str, kind: str) -> Example:
-    """An answer to be learnt after a prompt. What the prompt says is worth a little: it teaches the words."""
-    return Example(((prompt, 0.0 if kind in ("tool", "echo") else 0.1), (answer, 1.0)), kind)
+    """An answer to be learnt after a prompt."""
+    # What a user asks is worth a little: it teaches the words. The rest of a prompt is not for the model to say.
+    asked = prompt.removesuffix(NO_THOUGHT)
+    return Example(
+        (
+            (asked, 0.1 if kind in ("question", "sum", "unknown", "capital") else 0.0),
+            (prompt[len(asked) :], 0.0),
+            (answer, 1.0),
+        ),
+        kind,
+    )
 
 
 class Corpus:
@@ -82,7 +91,13 @@ class Corpus:
         return getattr(self, f"_{kind}")(rng, language)
 
     def question(self, topic: Topic, language: str, rng: Random) -> str:
-        """A question for ``topic`` as a user would type it."""
+        """A question for ``topic`` as a user would type it; a Chinese one has a Chinese character in it."""
+        question = self._any_question(topic, language, rng)
+        while language == "zh" and question.isascii():
+            question = self._any_question(topic, language, rng)
+        return question
+
+    def _any_question(self, topic: Topic, language: str, rng: Random) -> str:
         if topic.kind == "unknown":
             return punctuate(unknown.draw(language, rng), language, rng)
         side = topic.side(language)
