@@ -13,14 +13,13 @@
 // Invariant: a token's output depends on its own query, position and context alone, bit by bit - not on the other rows,
 // the tokens beside it in the unit, or the number of threads. Tiles and partitions begin at fixed positions; keys a token
 // does not see have probability 0, and adding 0 changes no sum; a tile it sees nothing of multiplies by exp(0) = 1.
-#include <omp.h>
-
 #include <atomic>
 #include <memory>
 
 #include "attention_plan.h"
 #include "buffer.h"
 #include "dtype.h"
+#include "parallel.h"
 #include "product.h"
 #include "transpose.h"
 
@@ -484,11 +483,8 @@ struct Attention<T>::Task {
 
 template <class T>
 void paged_attention(const AttentionArguments& arguments) {
-    const int threads = omp_get_max_threads();
-    Attention<T> attention(arguments, threads);
-    const int pieces = attention.num_pieces();
-#pragma omp parallel for schedule(dynamic, 1) if (threads > 1 && pieces > 1)
-    for (int i = 0; i < pieces; ++i) attention.run(i);
+    Attention<T> attention(arguments, num_threads());
+    parallel_for(attention.num_pieces(), [&](int64_t piece) { attention.run(int(piece)); });
 }
 
 }  // namespace

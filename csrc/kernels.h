@@ -1,7 +1,7 @@
 // The C interface of the library: what nanovllm/ops/cpu/library.py calls with ctypes.
 //
 // Tensors are described by addresses, and by strides in elements; one whose strides are not mentioned is contiguous.
-// Nothing is kept between calls but workspaces. There are no errors: the caller checks shapes and number formats.
+// Nothing is kept between calls but workspaces and threads. There are no errors: the caller checks shapes and number formats.
 // T tokens, H query heads, Hk KV heads, D head_dim, B rows (requests).
 #pragma once
 
@@ -28,6 +28,9 @@ struct AttentionArguments {
 
 #pragma GCC visibility push(default)
 extern "C" {
+
+// How many threads may work at once, the calling one included; 1 at first.
+void nanovllm_set_threads(int32_t threads);
 
 // out [T, H, D] = softmax(q K^T * scale) V, causal, over the cache.
 void nanovllm_paged_attention(const AttentionArguments* arguments);

@@ -5,8 +5,6 @@
 // a stream through memory.
 //
 // Invariant: as for every product, a row's result has the same bits in any batch.
-#include <omp.h>
-
 #include <algorithm>
 
 #include "dtype.h"
@@ -27,18 +25,17 @@ void pack_linear(const T* weight, int64_t outputs, int64_t inputs, int64_t strid
     const int64_t depth = inputs / PER_CELL<T>, panels = (outputs + PANEL - 1) / PANEL;
     const ptrdiff_t cell_stride = stride / PER_CELL<T>;
     const cell* rows = reinterpret_cast<const cell*>(weight);
-#pragma omp parallel for schedule(static)
-    for (int64_t group = 0; group < panels * NV; ++group) {
+    parallel_for(panels * NV, [=](int64_t group) {
         const int64_t first = group * LANES;
         cell* to = packed + group / NV * PANEL * depth + group % NV * LANES;
         if (first + LANES <= outputs) {
             transpose_into_panel(rows + first * cell_stride, cell_stride, int(depth), to);
-            continue;
+            return;
         }
         for (int64_t i = 0; i < depth; ++i)  // columns without an output are zero
             for (int lane = 0; lane < LANES; ++lane)
                 to[i * PANEL + lane] = first + lane < outputs ? rows[(first + lane) * cell_stride + i] : 0;
-    }
+    });
 }
 
 template <class T, int ROWS>
@@ -69,14 +66,13 @@ void linear(const LinearArguments& a) {
     const int64_t depth = a.inputs / PER_CELL<T>, panels = (a.outputs + PANEL - 1) / PANEL;
     const int64_t chunks = std::max<int64_t>(1, (a.rows + TASK_ROWS - 1) / TASK_ROWS);
     const cell* x = static_cast<const cell*>(a.x);
-#pragma omp parallel for schedule(static)
-    for (int64_t task = 0; task < panels * chunks; ++task) {
+    parallel_for(panels * chunks, [&](int64_t task) {
         const int64_t number = task / chunks, first = a.rows * (task % chunks) / chunks;
         const int64_t end = a.rows * (task % chunks + 1) / chunks;
         const cell* panel = static_cast<const cell*>(a.packed) + number * depth * PANEL;
         for_row_blocks(int(end - first),
                        [&](auto rows, int row) { multiply<T, rows.value>(a, x, panel, first + row, number * PANEL); });
-    }
+    });
 }
 
 }  // namespace

@@ -10,10 +10,7 @@
 // digit + 256 * next digit, which is more than bfloat16 holds (weight-only quantisation). Digits are multiplied as rows of
 // their own. Sums of integers are exact; those of the groups are added in order: again a row has the same bits in any
 // batch.
-#include <omp.h>
-
 #include <algorithm>
-#include <vector>
 
 #include "buffer.h"
 #include "dtype.h"
@@ -98,37 +95,35 @@ void pack(const QuantizedWeight& w, const T* weight, int64_t stride) {
     const int64_t groups = w.inputs / w.group;
     cell* packed = static_cast<cell*>(w.packed);
     bf16* scales = static_cast<bf16*>(w.scales);
-#pragma omp parallel
-    {
-        std::vector<uint8_t> numbers(w.inputs);
-        std::vector<cell> rows(LANES * depth);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < panels * NV; ++block) {
-            const int64_t panel = block / NV, first = block % NV * LANES;  // first column within the panel
-            std::fill(rows.begin(), rows.end(), 0);
-            for (int lane = 0; lane < LANES; ++lane) {
-                const int64_t output = panel * PANEL + first + lane;
-                bf16* scale = scales + panel * groups * PANEL + first + lane;
-                uint8_t* bytes = reinterpret_cast<uint8_t*>(rows.data() + lane * depth);
-                for (int64_t g = 0; g < groups; ++g, scale += PANEL) {
-                    if (output >= w.outputs) {
-                        scale->bits = 0;
-                        continue;
-                    }
-                    const T* from = weight + output * stride + g * w.group;
-                    const float s = quantize_group(from, w.group, w.bits, numbers.data());
-                    scale->bits = uint16_t(bit_cast<uint32_t>(s) >> 16);
-                    if (w.bits == 8) {
-                        std::memcpy(bytes, numbers.data(), w.group), bytes += w.group;
-                    } else {
-                        for (int64_t i = 0; i < w.group / 2; ++i)
-                            *bytes++ = uint8_t(numbers[i] | numbers[i + w.group / 2] << 4);
-                    }
+    parallel_for(panels * NV, [=](int64_t block) {
+        static thread_local Buffer<uint8_t> numbers;
+        static thread_local Buffer<cell> row_cells;
+        uint8_t* group_numbers = numbers.at_least(w.group);
+        cell* rows = row_cells.at_least(LANES * depth);
+        std::memset(rows, 0, sizeof(cell) * LANES * depth);
+        const int64_t panel = block / NV, first = block % NV * LANES;  // first column within the panel
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int64_t output = panel * PANEL + first + lane;
+            bf16* scale = scales + panel * groups * PANEL + first + lane;
+            uint8_t* bytes = reinterpret_cast<uint8_t*>(rows + lane * depth);
+            for (int64_t g = 0; g < groups; ++g, scale += PANEL) {
+                if (output >= w.outputs) {
+                    scale->bits = 0;
+                    continue;
+                }
+                const T* from = weight + output * stride + g * w.group;
+                const float s = quantize_group(from, w.group, w.bits, group_numbers);
+                scale->bits = uint16_t(bit_cast<uint32_t>(s) >> 16);
+                if (w.bits == 8) {
+                    std::memcpy(bytes, group_numbers, w.group), bytes += w.group;
+                } else {
+                    for (int64_t i = 0; i < w.group / 2; ++i)
+                        *bytes++ = uint8_t(group_numbers[i] | group_numbers[i + w.group / 2] << 4);
                 }
             }
-            transpose_into_panel(rows.data(), depth, int(depth), packed + panel * depth * PANEL + first);
         }
-    }
+        transpose_into_panel(rows, depth, int(depth), packed + panel * depth * PANEL + first);
+    });
 }
 
 // ---- activations --------------------------------------------------------------------------------------------------
@@ -262,13 +257,12 @@ void linear(const QuantizedArguments& a) {
     for_rows(a.rows, w.inputs,
              [&](int64_t row) { quantize_row(static_cast<const T*>(a.x) + row * w.inputs, row, w, DIGITS, x); });
     const int64_t chunks = std::max<int64_t>(1, (a.rows + TASK_ROWS - 1) / TASK_ROWS);
-#pragma omp parallel for schedule(static)
-    for (int64_t task = 0; task < panels * chunks; ++task) {
+    parallel_for(panels * chunks, [&](int64_t task) {
         const int64_t first = a.rows * (task % chunks) / chunks, end = a.rows * (task % chunks + 1) / chunks;
         for_row_blocks<MAX_ROWS / DIGITS>(int(end - first), [&](auto rows, int row) {
             multiply<T, BITS, DIGITS, rows.value>(a, x, task / chunks, first + row);
         });
-    }
+    });
 }
 
 template <class T>

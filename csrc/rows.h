@@ -1,11 +1,8 @@
 // Walking over rows of numbers, and over many rows with several threads.
 #pragma once
 
-#include <omp.h>
-
-#include <algorithm>
-
 #include "dtype.h"
+#include "parallel.h"
 #include "simd.h"
 
 // Below this many elements a second thread costs more than it brings.
@@ -36,8 +33,9 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F&& f) {
 
 // Calls f(row) for all rows, divided among the threads if there is enough work.
 template <class F>
-inline void for_rows(int64_t rows, int64_t elements_per_row, F&& f) {
-    const bool parallel = rows > 1 && rows * elements_per_row >= PARALLEL_ELEMENTS;
-#pragma omp parallel for schedule(static) if (parallel)
-    for (int64_t row = 0; row < rows; ++row) f(row);
+inline void for_rows(int64_t rows, int64_t elements_per_row, const F& f) {
+    const int64_t tasks = rows * elements_per_row < PARALLEL_ELEMENTS ? 1 : std::min<int64_t>(rows, 4 * num_threads());
+    parallel_for(tasks, [&](int64_t task) {
+        for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) f(row);
+    });
 }

@@ -39,7 +39,7 @@ def ops(instruction_set: str) -> Operators:
         patch.setenv(cpu_library.VARIABLE, instruction_set)
         cpu_library.load_library.cache_clear()
         table = operators(REFERENCE)
-        cpu_library.load_library.cache_clear()
+    cpu_library.load_library.cache_clear()
     assert table.rms_norm is not REFERENCE.rms_norm
     return table
 
@@ -257,22 +257,22 @@ def test_linear_agrees_with_the_reference(ops, rows, inputs, outputs, bias, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_of_a_row_is_the_same_bits_in_any_batch(ops, dtype: torch.dtype) -> None:
+def test_linear_of_a_row_is_the_same_bits_in_any_batch(ops, instruction_set, dtype: torch.dtype) -> None:
     """Any number of rows, also as a view of wider rows, on any number of threads."""
     weight, bias = normal(1, 200, 300, dtype=dtype), normal(2, 200, dtype=dtype)
     wide = normal(3, 500, 700, dtype=dtype)
     x = wide[:, 100:400]
     packed = ops.pack_linear(weight)
     expected = torch.cat([ops.linear(row[None], packed, bias) for row in x])
-    before = torch.get_num_threads()
+    library = cpu_library.load_library(instruction_set)
     try:
         for threads in (1, 3):
-            torch.set_num_threads(threads)
+            library.set_threads(threads)
             for rows in (2, 3, 5, 6, 7, 32, 193, 500):
                 assert torch.equal(ops.linear(x[:rows], packed, bias), expected[:rows])
                 assert torch.equal(ops.linear(x[-rows:].clone(), packed, bias), expected[-rows:])
     finally:
-        torch.set_num_threads(before)
+        library.set_threads(torch.get_num_threads())
 
 
 # ---- quantised linear ---------------------------------------------------------------------------------------------

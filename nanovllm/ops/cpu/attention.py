@@ -28,6 +28,7 @@ class CpuAttention:
     """The operators ``prepare_attention`` and ``paged_attention``."""
 
     def __init__(self, library: Library, base: Operators) -> None:
+        self._library = library
         self._run = library.paged_attention
         self._base = base
 
@@ -36,7 +37,7 @@ class CpuAttention:
         if dtype not in DTYPES:
             self._base.prepare_attention(meta, windows, dtype)
             return
-        torch.get_num_threads()  # torch tells OpenMP its number of threads when a thread first asks
+        self._library.set_threads(torch.get_num_threads())  # for all kernels of the step
         table = meta.block_table
         if table.dtype != torch.int32 or table.stride(-1) != 1:
             table = table.to(torch.int32).contiguous()

@@ -20,11 +20,10 @@ LIBRARIES = Path(__file__).resolve().parent / "lib"
 
 # Contraction is off: csrc/simd.h says where products are fused with sums. No fast-math: NaN and infinity are used.
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-uninitialized", "-Wno-psabi"),
 )
-# OpenMP is not linked: library.py provides torch's, so that both share one pool of threads.
-LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+LINK_FLAGS = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 
 # Best first.
 X86_INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {

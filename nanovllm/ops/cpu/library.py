@@ -1,4 +1,4 @@
-"""Loading the C++ kernels: the library for this CPU, on torch's threads."""
+"""Loading the C++ kernels: the library for this CPU."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ class QuantizedArguments(ctypes.Structure):
 
 _P, _N, _I, _F = c_void_p, c_int64, c_int32, c_float
 _FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments; nothing is returned
+    "set_threads": (_I,),
     "paged_attention": (ctypes.POINTER(AttentionArguments),),
     "rms_norm": (_P, _P, _P, _N, _N, _N, _N, _N, _F, _I),
     "add_rms_norm": (_P, _P, _P, _P, _P, _N, _N, _F, _I),
@@ -110,7 +111,6 @@ class Library:
     """The kernels compiled for one instruction set; every function of csrc/kernels.h is an attribute."""
 
     def __init__(self, file: Path, instruction_set: str) -> None:
-        _provide_openmp()
         library = ctypes.CDLL(str(file))
         self.instruction_set = instruction_set
         for functions, returned in ((_FUNCTIONS, None), (_SIZES, c_int64)):
@@ -118,6 +118,7 @@ class Library:
                 function = getattr(library, f"nanovllm_{name}")
                 function.argtypes, function.restype = argument_types, returned
                 setattr(self, name, function)
+        self.set_threads(torch.get_num_threads())
 
 
 def supported_instruction_sets() -> list[str]:
@@ -156,20 +157,3 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-def _provide_openmp() -> None:
-    """Make the OpenMP runtime that torch has loaded visible to the libraries, which are linked to none.
-
-    Two runtimes would mean two pools of threads that fight for the cores.
-    """
-    try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
-    except OSError:
-        loaded = set()
-    for prefix in ("libgomp", "libiomp5", "libomp"):
-        for file in sorted(loaded):
-            if Path(file).name.startswith(prefix):
-                ctypes.CDLL(file, ctypes.RTLD_GLOBAL)
-                return
-    ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
