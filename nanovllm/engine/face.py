@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
 from nanovllm.engine.core import EngineCore, Executor
@@ -17,11 +17,11 @@ from nanovllm.engine.request import Request
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from nanovllm.inputs import PromptType
 
 logger = logging.getLogger(__name__)
+
+Face = TypeVar("Face", bound="EngineFace")
 
 
 class EngineFace:
@@ -45,7 +45,7 @@ class EngineFace:
         self._arrivals = itertools.count()
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs) -> Self:
+    def from_engine_args(cls: type[Face], args: EngineArgs) -> Face:
         """Build the configuration and the engine."""
         return cls(args.build())
 
