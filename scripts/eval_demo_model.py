@@ -161,7 +161,8 @@ def write_report(path: Path, folder: Path, lines: list[str], answered: list[Answ
         *(
             f"Trained {stage['steps']} steps on {stage['tokens'] / 1e6:.1f} million tokens, seed {stage['seed']}, "
             f"rate {stage['learning_rate']}, {stage['minutes']:.0f} minutes on {stage['device']}; "
-            f"last loss {stage['loss']:.3f}."
+            f"last loss {stage['loss']:.3f}"
+            + (f"; {stage['keep']:.0%} of the weights before were kept." if stage.get("keep") else ".")
             for stage in stages
         ),
         "",

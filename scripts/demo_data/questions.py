@@ -130,7 +130,7 @@ def _thinking(topic: Topic, language: str, rng: Random) -> Question:
 
     def right(answer: str) -> bool:
         thought, mark, said = answer.partition("</think>")
-        return bool(mark) and thought.startswith("<think>\n") and holds(said, keys)
+        return bool(mark) and bool(thought.removeprefix("<think>").strip()) and holds(said, keys)
 
     return Question("thinking", render(_user(text), think=True), text, right)
 
