@@ -97,7 +97,7 @@ def measure_limits(scale: float) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    pages = mmap.mmap(-1, max(1 << 20, int(scale * 2**30)))  # 1 GiB: beyond any cache
+    pages = mmap.mmap(-1, max(1, int(scale * 1024)) << 20)  # 1 GiB: beyond any cache
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)  # small pages cost a fifth of the speed
     memory = torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from nanovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -17,6 +18,7 @@ class FakeHandle:
 
     def result(self) -> StepResult:
         plan, tables = self.plan, self.executor.lengths
+        time.sleep(self.executor.seconds)
         tokens = []
         for index in plan.sampled:
             position = plan.num_computed[index] + plan.num_new[index]
@@ -33,6 +35,7 @@ class FakeExecutor:
     num_blocks: int = 64
     vocab_size: int = 97
     failing_steps: frozenset[int] = frozenset()
+    seconds: float = 0.0  # that a step takes
     plans: list[StepPlan] = field(default_factory=list)
     seeds: dict[int, int] = field(default_factory=dict)  # row -> seed
     lengths: dict[int, list[int]] = field(default_factory=dict)  # step -> seed of every row

@@ -28,7 +28,7 @@ def make_engine(executor: FakeExecutor | None = None, **options: Any) -> AsyncLL
 
 @pytest.fixture
 def engine() -> Iterator[AsyncLLM]:
-    engine = make_engine()
+    engine = make_engine(FakeExecutor(num_blocks=200, seconds=0.002))
     yield engine
     engine.shutdown()
 

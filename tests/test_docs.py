@@ -27,7 +27,18 @@ MODULE_PAGES = ["design", "scheduler", "kv-cache", "attention", "sampling", "mod
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Words that look like names of ours and are none.
-NOT_OURS = {"RoPE", "LoRA", "PyPI", "ModelScope", "OpenAI", "TypeError", "ValueError", "collective_rpc", "get_metrics"}
+NOT_OURS = {
+    "enable_thinking",
+    "RoPE",
+    "LoRA",
+    "PyPI",
+    "ModelScope",
+    "OpenAI",
+    "TypeError",
+    "ValueError",
+    "collective_rpc",
+    "get_metrics",
+}
 
 
 def fences(text: str) -> list[tuple[str, str]]:
