@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,7 @@ def run_nanovllm(model: str, works: dict[str, Workload]) -> dict[str, float]:
         outputs = llm.generate(work.prompts, params, use_tqdm=False)  # type: ignore[arg-type]
         assert [len(output.token_ids) for output in outputs] == work.output_lens
 
-    warm_up = next(iter(works.values()))
-    generate(Workload(warm_up.prompts, [4], 0.0))
-    for name, work in works.items():
-        start = time.perf_counter()
-        generate(work)
-        seconds[name] = time.perf_counter() - start
-    return seconds
+    return seconds | time_workloads(generate, works)
 
 
 def run_transformers(model: str, works: dict[str, Workload]) -> dict[str, float]:
@@ -76,8 +71,13 @@ def run_transformers(model: str, works: dict[str, Workload]) -> dict[str, float]
                                   eos_token_id=None, pad_token_id=0, **sampling)  # fmt: skip
         assert output.shape[1] == width + longest
 
-    warm_up = next(iter(works.values()))
-    generate(Workload(warm_up.prompts, [4], 0.0))
+    return seconds | time_workloads(generate, works)
+
+
+def time_workloads(generate: Callable[[Workload], None], works: dict[str, Workload]) -> dict[str, float]:
+    """Seconds by workload, after a short one that does not count."""
+    generate(Workload(next(iter(works.values())).prompts, [4], 0.0))
+    seconds = {}
     for name, work in works.items():
         start = time.perf_counter()
         generate(work)

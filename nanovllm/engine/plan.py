@@ -1,6 +1,6 @@
 """The messages of the engine loop: a step's plan, its result, and what the result means for each request.
 
-Neither holds a tensor. A plan names requests by *row*: the runner keeps the token ids, block table and sampling
+None of them holds a tensor. A plan names requests by *row*: the runner keeps the token ids, block table and sampling
 state of row ``r`` between steps, so a plan carries only what has changed.
 """
 
