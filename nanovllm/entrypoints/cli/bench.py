@@ -23,7 +23,7 @@ RANDOM_INPUT_LEN = 1024
 RANDOM_OUTPUT_LEN = 128
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Options of the command and of its own commands."""
     parser.epilog = "nanovllm bench throughput --help and nanovllm bench latency --help describe them."
     parser.set_defaults(bench=None, show_help=parser.print_help)
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_throughput_arguments(parser: CommandParser) -> None:
     parser.add_argument("--backend", choices=("vllm", "nanovllm"), default="vllm", help="both names mean this engine")
     parser.add_argument(
         "--dataset-name", choices=("random", "sharegpt"), help="default: sharegpt if there is a file, else random"
@@ -83,7 +83,7 @@ def _add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
 
-def _add_latency_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_latency_arguments(parser: CommandParser) -> None:
     _add_count(parser, "--input-len", 32, "tokens of a prompt")
     _add_count(parser, "--output-len", 128, "tokens to generate")
     _add_count(parser, "--batch-size", 8, "requests in the batch")
@@ -101,7 +101,7 @@ def _add_latency_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: CommandParser) -> None:
     parser.add_argument("--disable-detokenize", action="store_true", help="make no text of the outputs")
     parser.add_argument("--output-json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--verbose", "-v", action="store_true", help="show the engine's messages")

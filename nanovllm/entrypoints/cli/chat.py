@@ -17,7 +17,7 @@ from nanovllm.entrypoints.cli.conversation import Conversation
 from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_field_flags, engine_args
 from nanovllm.entrypoints.cli.lines import interrupts_noted, is_typed, piped_lines, say, typed_lines
 from nanovllm.entrypoints.cli.loading import load_llm
-from nanovllm.entrypoints.cli.parser import UsageError, json_object, suggestion
+from nanovllm.entrypoints.cli.parser import CommandParser, MergeJson, UsageError, suggestion
 from nanovllm.entrypoints.cli.prompts import valid_text
 from nanovllm.entrypoints.cli.requests import sampling_params, stream
 from nanovllm.errors import ParameterError
@@ -36,7 +36,7 @@ _ALIASES = {"/new": "/clear", "/quit": "/exit"}
 _SAMPLING = {name: text for name, text in SAMPLING_HELP.items() if name not in ("n", "logprobs")}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Options of the command."""
     parser.usage = "%(prog)s [options]"
     parser.epilog = (
@@ -47,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument(
         "--chat-template-kwargs",
-        type=json_object,
+        action=MergeJson,
         default={},
-        metavar="JSON",
         help='variables for the chat template, such as {"enable_thinking": true}',
     )
     parser.add_argument("--stats", action="store_true", help="after each answer, print its speed to standard error")

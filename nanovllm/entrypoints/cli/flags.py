@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from nanovllm.config import RETIRED, EngineArgs
-from nanovllm.entrypoints.cli.parser import human_int, json_object
+from nanovllm.entrypoints.cli.parser import CommandParser, MergeJson, add_config_flag, human_int
 
 ENGINE_HELP: dict[str, dict[str, str]] = {
     "model": {
@@ -112,16 +112,39 @@ _SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_
           "quantization": "-q"}  # fmt: skip
 
 
-def add_engine_flags(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
-    """Options for the fields of `EngineArgs`, in groups; ``without`` leaves out fields, or short forms (``-q``)."""
+def add_engine_flags(parser: CommandParser, without: Container[str] = ()) -> None:
+    """Options for the fields of `EngineArgs`, in groups, and ``--config`` for all of a command's options.
+
+    Args:
+        without: fields, or short forms (``-q``), that are not to be made.
+    """
+    add_config_flag(parser)
     for title, helps in ENGINE_HELP.items():
         chosen = {name: text for name, text in helps.items() if name not in without}
         add_field_flags(parser.add_argument_group(title), EngineArgs, chosen, without=without)
+    parser.add_argument(
+        "-O",
+        "--optimization-level",
+        action=_OptimizationLevel,
+        choices=("0", "1", "2", "3"),
+        default=argparse.SUPPRESS,
+        help="optimisation level: 0 is --enforce-eager, all others are the same",
+    )
     for name in RETIRED:  # taken, so that vLLM's scripts run; `EngineArgs.from_kwargs` says what became of them
         if name.startswith(("disable_", "use_", "worker_")):
             parser.add_argument(_flag(name), action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         else:
             parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+class _OptimizationLevel(argparse.Action):
+    """vLLM's levels, of which only the lowest means something else here."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if values == "0":
+            namespace.enforce_eager = True
 
 
 def engine_args(arguments: argparse.Namespace, without: Container[str] = ()) -> dict[str, Any]:
@@ -174,7 +197,7 @@ def _kind(hint: Any) -> dict[str, Any]:
     if lists:
         return {"action": "append", "type": _reader(set(get_args(lists[0]))), "metavar": "VALUE"}
     if any(get_origin(kind) is dict for kind in kinds):
-        return {"type": json_object, "metavar": "JSON"}
+        return {"action": MergeJson}
     metavar = "N" if kinds <= {int, float} else "VALUE"
     return {"type": _reader(kinds), "metavar": metavar}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_field_flags, engine_args
 from nanovllm.entrypoints.cli.loading import load_llm
-from nanovllm.entrypoints.cli.parser import json_object
+from nanovllm.entrypoints.cli.parser import CommandParser, MergeJson
 from nanovllm.entrypoints.cli.prompts import read_prompts
 from nanovllm.entrypoints.cli.requests import sampling_params, stream
 from nanovllm.errors import ParameterError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 256
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Options of the command."""
     parser.usage = "%(prog)s [PROMPT] [options]"
     parser.epilog = (
@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", "-f", metavar="FILE", help=text)
     parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before every prompt")
-    parser.add_argument(
-        "--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help="variables for the chat template"
-    )
+    parser.add_argument("--chat-template-kwargs", action=MergeJson, default={}, help="variables for the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object per output and line")
     parser.add_argument("--verbose", "-v", action="store_true", help="show the engine's messages")
     sampling = parser.add_argument_group(
