@@ -18,6 +18,7 @@ from nanovllm.errors import ModelError, ParameterError
 # name -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, one line of help)
 COMMANDS = {
     "generate": ("nanovllm.entrypoints.cli.generate", "answer a prompt, or complete it, in this process"),
+    "serve": ("nanovllm.entrypoints.cli.serve", "serve a model over HTTP, as OpenAI's API"),
     "chat": ("nanovllm.entrypoints.cli.chat", "converse with a model, in this process"),
     "bench": ("nanovllm.entrypoints.cli.bench", "measure throughput or latency"),
     "collect-env": ("nanovllm.entrypoints.cli.collect_env", "describe this machine and installation for a bug report"),

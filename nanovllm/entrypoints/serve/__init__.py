@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's endpoints, and those vLLM adds, over an `AsyncLLM`."""

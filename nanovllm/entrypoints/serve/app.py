@@ -1,0 +1,84 @@
+"""The application: routers, what stands before them, and the errors they answer with."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from nanovllm import __version__
+from nanovllm.entrypoints.serve import completions, models, system
+from nanovllm.entrypoints.serve.args import ServeArgs
+from nanovllm.entrypoints.serve.context import ServeContext
+from nanovllm.entrypoints.serve.errors import add_handlers
+from nanovllm.entrypoints.serve.middleware import CatchFaults, CountLoad, LimitBody, RequestIds, RequireKey
+from nanovllm.errors import ParameterError
+
+if TYPE_CHECKING:
+    from nanovllm.engine.async_llm import AsyncLLM
+
+ROUTERS = (system.router, models.router, completions.router)
+
+
+def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
+    """The server's application.
+
+    Args:
+        engine: runs the model; it must belong to the event loop that will serve the application.
+        args: the server's settings.
+    """
+    docs = not args.disable_fastapi_docs
+    app = FastAPI(
+        title="nano-vLLM-Ascend",
+        version=__version__,
+        root_path=args.root_path or "",
+        docs_url="/docs" if docs else None,
+        redoc_url="/redoc" if docs else None,
+        openapi_url="/openapi.json" if docs else None,
+    )
+    app.state.context = ServeContext(engine, args)
+    for router in ROUTERS:
+        app.include_router(router)
+    add_handlers(app)
+    _add_middleware(app, args)
+    return app
+
+
+def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
+    """From the handlers outwards: what is added last sees a request first."""
+    app.add_middleware(CatchFaults)
+    app.add_middleware(LimitBody, limit=args.max_request_body_size)
+    if args.enable_server_load_tracking:
+        app.add_middleware(CountLoad, context=app.state.context)
+    for name in args.middleware:
+        _add_named(app, name)
+    if args.api_key:
+        app.add_middleware(RequireKey, keys=args.api_key)
+    if args.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=args.allowed_origins,
+            allow_credentials=args.allow_credentials,
+            allow_methods=args.allowed_methods,
+            allow_headers=args.allowed_headers,
+        )
+    if args.enable_request_id_headers:
+        app.add_middleware(RequestIds)
+
+
+def _add_named(app: FastAPI, name: str) -> None:
+    """Middleware by its place: ``package.module.Class``, or an async function of request and ``call_next``."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ParameterError(f"cannot be imported: {error}", "middleware", name) from error
+    if inspect.isclass(found):
+        app.add_middleware(found)
+    elif inspect.iscoroutinefunction(found):
+        app.middleware("http")(found)
+    else:
+        raise ParameterError("must be a class or an async function", "middleware", name)

@@ -1,0 +1,72 @@
+"""What a user may set about the server itself; what concerns the engine is in `EngineArgs`. Names are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.errors import ParameterError
+
+
+@dataclass
+class ServeArgs:
+    """The server's settings.
+
+    Raises:
+        ParameterError: a value that cannot be honoured.
+    """
+
+    host: str | None = None
+    port: int = 8000
+    uds: str | None = None
+    api_key: list[str] = field(default_factory=list)
+    served_model_name: list[str] = field(default_factory=list)
+    default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_content_format: str = "auto"
+    trust_request_chat_template: bool = False
+    response_role: str = "assistant"
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    reasoning_content_field: bool = True
+    return_tokens_as_token_ids: bool = False
+    enable_prompt_tokens_details: bool = False
+    enable_force_include_usage: bool = False
+    enable_tokenizer_info_endpoint: bool = False
+    enable_server_load_tracking: bool = False
+    enable_request_id_headers: bool = False
+    enable_log_requests: bool = False
+    max_log_len: int | None = None
+    disable_fastapi_docs: bool = False
+    disable_uvicorn_access_log: bool = False
+    uvicorn_log_level: str = "info"
+    allowed_origins: list[str] = field(default_factory=list)
+    allowed_methods: list[str] = field(default_factory=lambda: ["*"])
+    allowed_headers: list[str] = field(default_factory=lambda: ["*"])
+    allow_credentials: bool = False
+    max_request_body_size: int = 32 * 1024 * 1024
+    middleware: list[str] = field(default_factory=list)
+    root_path: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0
+    ssl_ciphers: str | None = None
+    sse_keep_alive_interval: float = 0.0
+    shutdown_timeout: float = 30.0
+    h11_max_incomplete_event_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ParameterError("must be in 0..65535; 0 takes a free one", "port", self.port)
+        for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size"):
+            if not getattr(self, name) >= 0:
+                raise ParameterError("must not be negative", name, getattr(self, name))
+        if self.chat_template_content_format not in ("auto", "string", "openai"):
+            raise ParameterError(
+                "must be 'auto', 'string' or 'openai'",
+                "chat_template_content_format",
+                self.chat_template_content_format,
+            )
+        if self.enable_auto_tool_choice and not self.tool_call_parser:
+            raise ParameterError("needs tool_call_parser", "enable_auto_tool_choice", True)

@@ -1,0 +1,104 @@
+"""Log-probabilities in the three forms clients read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanovllm.engine.tokenizer import Tokenizer
+from nanovllm.outputs import Logprob, PositionLogprobs
+
+FLOOR = -9999.0  # JSON has no minus infinity
+
+
+def completion_logprobs(
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs | None],
+    count: int,
+    tokenizer: Tokenizer,
+    as_ids: bool,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """The four lists of ``/v1/completions``.
+
+    Args:
+        token_ids: tokens of the text.
+        positions: what is known of each; None for the first of a prompt, which nothing predicts.
+        count: likeliest tokens asked for.
+        as_ids: name tokens ``token_id:7``.
+        offset: characters of text before the first token.
+    """
+    tokens: list[str] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for token_id, position in zip(token_ids, positions, strict=True):
+        text = _name(token_id, tokenizer, as_ids)
+        tokens.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        if position is None:
+            values.append(None)
+            tops.append(None)
+            continue
+        values.append(max(position[token_id].logprob, FLOOR))
+        best = list(position.items())[: count + 1]
+        tops.append({_name(other, tokenizer, as_ids): max(entry.logprob, FLOOR) for other, entry in best})
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+
+def chat_logprobs(
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs],
+    count: int,
+    tokenizer: Tokenizer,
+    as_ids: bool,
+) -> dict[str, Any]:
+    """The ``logprobs`` of a chat choice; ``count`` is ``top_logprobs``."""
+
+    def shown(token_id: int, entry: Logprob) -> dict[str, Any]:
+        text = _name(token_id, tokenizer, as_ids)
+        return {
+            "token": text,
+            "logprob": max(entry.logprob, FLOOR),
+            "bytes": list(text.encode() if as_ids else token_bytes(tokenizer, token_id)),
+        }
+
+    content = []
+    for token_id, position in zip(token_ids, positions, strict=True):
+        ranked = sorted(position.items(), key=lambda item: item[1].rank or len(position))
+        top = [shown(other, entry) for other, entry in ranked[:count]]
+        content.append({**shown(token_id, position[token_id]), "top_logprobs": top})
+    return {"content": content}
+
+
+def prompt_logprobs(positions: Sequence[PositionLogprobs | None] | None) -> list[dict[str, Any] | None] | None:
+    """vLLM's ``prompt_logprobs``: per token of the prompt, entries by id."""
+    if positions is None:
+        return None
+    return [
+        None
+        if position is None
+        else {
+            str(token_id): {
+                "logprob": max(entry.logprob, FLOOR),
+                "rank": entry.rank,
+                "decoded_token": entry.decoded_token,
+            }
+            for token_id, entry in position.items()
+        }
+        for position in positions
+    ]
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes a token stands for, also where they are no character by themselves."""
+    table = tokenizer._shown
+    if table is None:
+        return tokenizer.token_text(token_id).encode()
+    entry = table[token_id]
+    return entry.encode() if isinstance(entry, str) else entry
+
+
+def _name(token_id: int, tokenizer: Tokenizer, as_ids: bool) -> str:
+    return f"token_id:{token_id}" if as_ids else tokenizer.token_text(token_id)

@@ -1,0 +1,1 @@
+"""What requests look like, as pydantic models; FastAPI makes the OpenAPI document of them."""

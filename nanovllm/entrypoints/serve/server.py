@@ -1,0 +1,164 @@
+"""The server's life: take the address, load the model, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from nanovllm.entrypoints.serve.args import ServeArgs
+from nanovllm.errors import ParameterError
+
+if TYPE_CHECKING:
+    from nanovllm.engine.async_llm import AsyncLLM
+    from nanovllm.entrypoints.serve.context import ServeContext
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_DEAD = 70  # "internal software error" of sysexits.h
+TICK = 1.0  # seconds between looks at the engine and the clock
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, woken by signals instead of asking for them ten times a second."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncLLM, context: ServeContext) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._context = context
+        self._wake = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take no more requests and end when those under way are done; called again, do not wait for them."""
+        if self.should_exit:
+            self.force_exit = True
+        else:
+            logger.info("Shutting down: requests under way have %g s to end.", self._context.args.shutdown_timeout)
+        self._context.draining = self.should_exit = True
+        self._wake.set()
+
+    async def main_loop(self) -> None:
+        """Until `stop` is called or the engine dies."""
+        while not self.should_exit and not self._engine.errored:
+            await self.on_tick(0)  # the Date header
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM stop the server."""
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, self.stop)
+        try:
+            yield
+        finally:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(each)
+
+
+def bind(args: ServeArgs) -> socket.socket:
+    """Take the server's address; connections are accepted later.
+
+    Raises:
+        ParameterError: it is not to be had.
+    """
+    if args.uds is not None:
+        return _bind_unix(args.uds)
+    family = socket.AF_INET6 if args.host and ":" in args.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        listener.bind((args.host or "", args.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        name = "host" if isinstance(error, socket.gaierror) else "port"
+        where = f"{args.host or '0.0.0.0'}:{args.port}"
+        raise ParameterError(f"cannot serve on {where}: {error}", name, getattr(args, name)) from error
+    return listener
+
+
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and not _answers(path):
+            os.unlink(path)  # left behind by a server that is gone
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise ParameterError(f"cannot serve there: {error}", "uds", path) from error
+    return listener
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+    return True
+
+
+async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
+    """Serve until a signal or the end of the engine.
+
+    Returns:
+        The exit code: 0, or `EXIT_ENGINE_DEAD`.
+    """
+    context: ServeContext = app.state.context
+    args = context.args
+    server = Server(_uvicorn_config(app, args), engine, context)
+    gc.collect()
+    gc.freeze()
+    logger.info("Serving %s on %s", ", ".join(context.model_names), address(listener, args))
+    try:
+        with server.capture_signals():
+            logger.info("Application startup complete.")
+            await server._serve([listener])
+    finally:
+        if args.uds is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(args.uds)
+    if engine.errored:
+        logger.error("The engine has stopped: %s", engine.dead_error)
+        return EXIT_ENGINE_DEAD
+    return 0
+
+
+def address(listener: socket.socket, args: ServeArgs) -> str:
+    """Where clients find the server."""
+    if args.uds is not None:
+        return f"unix:{args.uds}"
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if args.ssl_certfile else 'http'}://{host}:{port}"
+
+
+def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        root_path=args.root_path or "",
+        server_header=False,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        **({"ssl_ciphers": args.ssl_ciphers} if args.ssl_ciphers else {}),
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        timeout_graceful_shutdown=int(args.shutdown_timeout),
+    )
