@@ -17,7 +17,7 @@ SERVE_HELP: dict[str, dict[str, str]] = {
         "host": "address to serve on (default: all)",
         "port": "0 takes a free one",
         "uds": "serve on this Unix domain socket instead",
-        "shutdown_timeout": "seconds that requests under way have to end after SIGTERM or SIGINT; a second signal ends them",
+        "shutdown_timeout": "seconds that requests have to end after SIGTERM or SIGINT; a second signal ends them",
         "root_path": "path under which a proxy shows the server",
         "ssl_keyfile": "private key, for https",
         "ssl_certfile": "certificate, for https",

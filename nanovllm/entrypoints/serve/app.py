@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from nanovllm import __version__
-from nanovllm.entrypoints.serve import completions, models, system
+from nanovllm.entrypoints.serve import chat_completions, completions, models, system, tokens
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import add_handlers
@@ -20,7 +20,7 @@ from nanovllm.errors import ParameterError
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
 
-ROUTERS = (system.router, models.router, completions.router)
+ROUTERS = (system.router, models.router, completions.router, chat_completions.router, tokens.router)
 
 
 def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
@@ -73,7 +73,7 @@ def _add_named(app: FastAPI, name: str) -> None:
     """Middleware by its place: ``package.module.Class``, or an async function of request and ``call_next``."""
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(import_module(module), attribute)
+        found: Any = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ParameterError(f"cannot be imported: {error}", "middleware", name) from error
     if inspect.isclass(found):

@@ -20,7 +20,7 @@ from nanovllm.entrypoints.serve.protocol.completions import CompletionRequest
 from nanovllm.entrypoints.serve.protocol.errors import RESPONSES
 from nanovllm.entrypoints.serve.sse import DONE, EventStream, answer_unless_gone, event, json_bytes, json_text
 from nanovllm.inputs import PromptType
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 router = APIRouter()
@@ -69,8 +69,7 @@ class _Call:
 
     @property
     def as_ids(self) -> bool:
-        asked = self.body.return_tokens_as_token_ids
-        return self.context.args.return_tokens_as_token_ids if asked is None else asked
+        return self.context.names_tokens_by_id(self.body.return_tokens_as_token_ids)
 
     def streams(self) -> Streams:
         engine, priority = self.context.engine, self.body.priority
@@ -129,7 +128,8 @@ class _Call:
             text, token_ids, positions, finish_reason, stop_reason = "", [], [], "length", None
         logprobs = None
         if body.logprobs is not None and positions is not None:
-            scored, all_ids = list(positions), token_ids
+            scored: list[PositionLogprobs | None] = list(positions)
+            all_ids = token_ids
             if body.echo and output.prompt_logprobs is not None:
                 scored, all_ids = [*output.prompt_logprobs, *positions], [*output.prompt_token_ids, *token_ids]
             logprobs = completion_logprobs(all_ids, scored, body.logprobs, self.context.tokenizer, self.as_ids)

@@ -85,6 +85,10 @@ class ServeContext:
             raise ServeError(404, f"The model `{asked}` does not exist. Valid aliases: {aliases}.", "model")
         return asked
 
+    def names_tokens_by_id(self, asked: bool | None) -> bool:
+        """Whether log-probabilities name tokens ``token_id:7``: as the request asks, or else the server."""
+        return self.args.return_tokens_as_token_ids if asked is None else asked
+
     def check_priority(self, priority: int) -> None:
         """Raises ParameterError if requests are served in another order."""
         if priority and self.engine.config.scheduler.policy != "priority":

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -90,7 +91,7 @@ def add_handlers(app: FastAPI) -> None:
         return as_serve_error(error).response(request.url.path)
 
     async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+        assert isinstance(error, (RequestValidationError, ValidationError))
         return validation_error(error.errors()).response(request.url.path)
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -100,6 +101,7 @@ def add_handlers(app: FastAPI) -> None:
         return Response(json.dumps(body), error.status_code, error.headers, "application/json")
 
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
     for kind in (ServeError, ParameterError, UnicodeEncodeError, EngineDeadError, EngineGenerateError, StepError):
         app.add_exception_handler(kind, answer)

@@ -158,7 +158,7 @@ def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
-        **({"ssl_ciphers": args.ssl_ciphers} if args.ssl_ciphers else {}),
+        ssl_ciphers=args.ssl_ciphers,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         timeout_graceful_shutdown=int(args.shutdown_timeout),
     )
