@@ -21,6 +21,8 @@ MIN_LEN = 4
 MAX_PROMPT_LEN = 1024
 MAX_TOTAL_LEN = 2048
 
+_REPAIRS = 10  # attempts to give a random text as many tokens as it is to have
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
@@ -55,6 +57,47 @@ def plain_token_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> Sequence
     if not ids:
         raise ParameterError("the vocabulary has only special tokens", "model", model.model)
     return ids
+
+
+def text_token_ids(tokenizer: Tokenizer) -> Sequence[int]:
+    """`plain_token_ids` where there is no model at hand, only its tokenizer.
+
+    Raises:
+        ParameterError: there are none.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [token_id for token_id in range(len(tokenizer)) if token_id not in special]
+    if not ids:
+        raise ParameterError("the vocabulary has only special tokens", "tokenizer")
+    return ids
+
+
+def as_text(
+    requests: Sequence[SampleRequest], tokenizer: Tokenizer, token_ids: Sequence[int], seed: int = 0
+) -> list[SampleRequest]:
+    """Requests of random tokens as text, for endpoints that take no ids.
+
+    The text of random tokens is often split into other tokens than it was made of. It is cut or lengthened until it has
+    as many as it was to have, or nearly so; ``prompt_len`` is then what it has.
+
+    Args:
+        token_ids: what tokens are drawn from.
+    """
+    draw = random.Random(seed)
+    result = []
+    for request in requests:
+        wanted = request.prompt_len
+        prompt: Any = request.prompt  # a TokensPrompt
+        text = tokenizer.decode(prompt["prompt_token_ids"])
+        for _ in range(_REPAIRS):
+            ids = tokenizer.encode(text)
+            if len(ids) == wanted:
+                break
+            if len(ids) < wanted:
+                ids = ids + draw.choices(token_ids, k=wanted - len(ids))
+            text = tokenizer.decode(ids[:wanted])
+        result.append(SampleRequest(text, len(tokenizer.encode(text)), request.expected_output_len))
+    return result
 
 
 def random_requests(

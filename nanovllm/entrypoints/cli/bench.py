@@ -1,4 +1,7 @@
-"""``nanovllm bench throughput`` and ``nanovllm bench latency``, with vLLM's options, lines and JSON keys."""
+"""``nanovllm bench``: throughput, latency and start-up of the engine, with vLLM's options, lines and JSON keys.
+
+``bench serve`` measures a server; it is in `bench_serve`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.entrypoints.cli.bench_serve import run_serve
+from nanovllm.entrypoints.cli.bench_serve_flags import add_serve_arguments, positive
 from nanovllm.entrypoints.cli.flags import add_engine_flags, engine_args
 from nanovllm.entrypoints.cli.loading import load_async_llm, load_llm
 from nanovllm.entrypoints.cli.parser import CommandParser, UsageError, human_int
@@ -25,12 +30,14 @@ RANDOM_OUTPUT_LEN = 128
 
 def add_arguments(parser: CommandParser) -> None:
     """Options of the command and of its own commands."""
-    parser.epilog = "nanovllm bench throughput --help and nanovllm bench latency --help describe them."
+    parser.epilog = "nanovllm bench KIND --help describes one."
     parser.set_defaults(bench=None, show_help=parser.print_help)
     kinds = parser.add_subparsers(dest="bench", metavar="KIND", title="kinds", parser_class=CommandParser)
     for kind, text, add in (
         ("throughput", "how many requests and tokens per second, if all are there at once", _add_throughput_arguments),
         ("latency", "how long one batch takes", _add_latency_arguments),
+        ("startup", "how long the engine takes to start", _add_startup_arguments),
+        ("serve", "how long requests to a running server take", add_serve_arguments),
     ):
         description = text[0].upper() + text[1:] + "."
         add(kinds.add_parser(kind, help=text, description=description, usage="%(prog)s [options]"))
@@ -41,10 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bench is None:
         arguments.show_help()
         return 0
+    if arguments.bench == "serve":
+        return run_serve(arguments)
     file = None if arguments.output_json is None else Path(arguments.output_json)
     if file is not None and not file.parent.is_dir():  # known before anything is measured
         raise UsageError(f"--output-json {file}: there is no folder {file.parent}")
-    measure = _throughput if arguments.bench == "throughput" else _latency
+    measure = {"throughput": _throughput, "latency": _latency, "startup": _startup}[arguments.bench]
     result, model_id = measure(arguments)
     print(result)
     if file is not None:
@@ -101,6 +110,16 @@ def _add_latency_arguments(parser: CommandParser) -> None:
     _add_common(parser)
 
 
+def _add_startup_arguments(parser: CommandParser) -> None:
+    parser.add_argument("--num-iters-cold", type=positive, default=3, metavar="N", help="cold starts (default: 3)")
+    parser.add_argument(
+        "--num-iters-warmup", type=human_int, default=1, metavar="N", help="starts that do not count (default: 1)"
+    )
+    parser.add_argument("--num-iters-warm", type=positive, default=3, metavar="N", help="warm starts (default: 3)")
+    parser.add_argument("--output-json", metavar="FILE", help="write the figures to this file")
+    add_engine_flags(parser)
+
+
 def _add_common(parser: CommandParser) -> None:
     parser.add_argument("--disable-detokenize", action="store_true", help="make no text of the outputs")
     parser.add_argument("--output-json", metavar="FILE", help="write the figures to this file")
@@ -112,14 +131,7 @@ def _add_count(parser: argparse.ArgumentParser, option: str, default: int | None
     """An option that is a positive whole number."""
     if default is not None:
         text += f" (default: {default})"
-    parser.add_argument(option, type=_positive, default=default, metavar="N", help=text)
-
-
-def _positive(text: str) -> int:
-    value = human_int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    parser.add_argument(option, type=positive, default=default, metavar="N", help=text)
 
 
 def _throughput(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -182,6 +194,23 @@ def _latency(arguments: argparse.Namespace) -> tuple[Any, str]:
             num_iterations=arguments.num_iters,
             use_tqdm=sys.stderr.isatty(),
         )
+    return result, config.model.model
+
+
+def _startup(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from nanovllm.config import EngineArgs
+    from nanovllm.entrypoints.bench.startup import measure_startup
+
+    given = engine_args(arguments)
+    config = EngineArgs.from_kwargs(**given).build()  # what can be refused is, and a model is downloaded before
+    result = measure_startup(
+        given,
+        config.model.path,
+        num_cold=arguments.num_iters_cold,
+        num_warmups=arguments.num_iters_warmup,
+        num_warm=arguments.num_iters_warm,
+        use_tqdm=sys.stderr.isatty(),
+    )
     return result, config.model.model
 
 
