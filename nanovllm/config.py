@@ -100,6 +100,7 @@ class EngineConfig:
     seed: int
     enforce_eager: bool
     tensor_parallel_size: int
+    log_stats: bool = False  # a line in the log every ten seconds of work
 
 
 @dataclass
@@ -150,7 +151,7 @@ class EngineArgs:
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     distributed_executor_backend: str | None = None
-    disable_log_stats: bool = True
+    disable_log_stats: bool = False
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "download_dir", "chat_template"):
@@ -234,6 +235,7 @@ class EngineArgs:
             seed=self.seed or 0,
             enforce_eager=self.enforce_eager,
             tensor_parallel_size=self.tensor_parallel_size,
+            log_stats=not self.disable_log_stats,
         )
 
     def _check(self) -> None:
@@ -245,7 +247,6 @@ class EngineArgs:
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
         _one_of("quantization", self.quantization, (None, "int8", "int4", "w8a8"))
         _one_of("distributed_executor_backend", self.distributed_executor_backend, (None, "uni"))
-        _one_of("disable_log_stats", self.disable_log_stats, (True,))
         modes = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
         _one_of("logprobs_mode", self.logprobs_mode, modes)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):

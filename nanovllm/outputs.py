@@ -60,16 +60,22 @@ class RequestStateStats:
     Attributes:
         arrival_time: wall-clock time of arrival, seconds since the epoch.
         arrival_ts: arrival.
+        queued_ts: the engine had it in its queue; 0.0 before.
+        scheduled_ts: its first step was planned; 0.0 before.
         first_token_ts: the first token of any of its outputs; 0.0 before.
         last_token_ts: the end of its last output; 0.0 before.
         num_generation_tokens: tokens generated, over all its outputs; counted at the end.
+        num_preemptions: times an output of it was put back into the queue and computed again.
     """
 
     arrival_time: float = 0.0
     arrival_ts: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
     num_generation_tokens: int = 0
+    num_preemptions: int = 0
 
     @property
     def first_token_latency(self) -> float:

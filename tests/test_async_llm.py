@@ -14,6 +14,7 @@ from fake_executor import FakeExecutor, engine_config
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine.invariants import InvariantChecker
+from nanovllm.engine.thread_core import ThreadCore
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -22,7 +23,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 def make_engine(executor: FakeExecutor | None = None, **options: Any) -> AsyncLLM:
     config: EngineConfig = engine_config(**options)
     engine = AsyncLLM(config, executor or FakeExecutor(num_blocks=200))
-    engine.core.checker = InvariantChecker(engine.core.scheduler)
+    engine._core.core.checker = InvariantChecker(engine._core.core.scheduler)
     return engine
 
 
@@ -40,12 +41,15 @@ async def collect(
 
 
 async def quiet(engine: AsyncLLM) -> None:
+    """Wait until the core has nothing left to do, and check that nothing is left behind."""
+    assert isinstance(engine._core, ThreadCore)
+    core = engine._core.core
     for _ in range(500):
-        if not engine.core.has_work and not engine._commands:
+        if not core.has_work and engine._core._commands.empty():
             break
         await asyncio.sleep(0.01)
-    assert engine.core.checker is not None
-    engine.core.checker.idle()
+    assert core.checker is not None
+    core.checker.idle()
     assert engine.output.num_requests == 0 and not engine._streams
 
 
@@ -172,7 +176,7 @@ def test_a_fault_of_the_engine_itself_ends_all_streams_and_is_not_hidden():
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    engine.core.scheduler.update = broken  # type: ignore[method-assign]
+    engine._core.core.scheduler.update = broken  # type: ignore[method-assign]
 
     async def main() -> None:
         results = await asyncio.gather(*(collect(engine, str(i)) for i in range(3)), return_exceptions=True)
@@ -215,9 +219,9 @@ def test_the_prefix_cache_is_reset_from_outside(engine: AsyncLLM):
     async def main() -> None:
         await collect(engine, "a", [1] * 20)
         await quiet(engine)
-        assert engine.core.scheduler.kv.pool.cached
+        assert engine._core.core.scheduler.kv.pool.cached
         assert await engine.reset_prefix_cache()
-        assert not engine.core.scheduler.kv.pool.cached
+        assert not engine._core.core.scheduler.kv.pool.cached
 
     asyncio.run(main())
 
@@ -235,7 +239,7 @@ def test_text_prompts_stop_strings_and_n_work_over_a_real_model(tmp_path: Path):
     with LLM(str(tmp_path), **args) as llm:
         (expected,) = llm.generate("hello", params, use_tqdm=False)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_kwargs(model=str(tmp_path), **args))
-    engine.core.checker = InvariantChecker(engine.core.scheduler)
+    engine._core.core.checker = InvariantChecker(engine._core.core.scheduler)
 
     async def main() -> None:
         outputs = [output async for output in engine.generate("hello", params, "n")]

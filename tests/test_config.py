@@ -146,7 +146,7 @@ def test_limits_of_a_step_fit_together(tmp_path: Path):
         ("block_size", True),
         ("enable_prefix_caching", "yes"),
         ("hf_overrides", []),
-        ("disable_log_stats", False),
+        ("disable_log_stats", "no"),
         ("max_num_seqs", 2.5),
     ],
 )

@@ -1,23 +1,29 @@
-"""The engine for asyncio: the core runs on a thread of its own, text is handled on the event loop.
+"""The engine for asyncio: text is handled on the event loop, the core runs on a thread or in a process of its own.
 
-event loop    generate --commands--> core thread    add, finish
-              streams  <--outputs---               core.step, over and over; asleep when there is no work
+event loop    generate --commands--> core          add, finish
+              streams  <--messages--               EngineLoop: step, over and over; asleep when there is no work
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import logging
-import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineArgs, EngineConfig
+from nanovllm.engine.child_core import ChildCore
 from nanovllm.engine.core import Executor
-from nanovllm.engine.face import EngineFace
-from nanovllm.engine.plan import EngineOutput
-from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError, StepError
+from nanovllm.engine.face import EngineFace, make_core
+from nanovllm.engine.family import child_ids
+from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
+from nanovllm.engine.stats import LOG_INTERVAL, StatsLog
+from nanovllm.engine.thread_core import Listener, ThreadCore
+from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -26,29 +32,131 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Command = Callable[[], object]
-Stream = asyncio.Queue[RequestOutput | BaseException]
+RESTART_WINDOW = 600.0  # seconds in which restarts are counted
+
+
+class RunningCore(Protocol):
+    """A core that runs by itself: `ThreadCore` or `ChildCore`."""
+
+    error: BaseException | None
+
+    @property
+    def alive(self) -> bool: ...
+
+    def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None: ...
+
+    def send(self, command: Command) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Stream:
+    """What a consumer waits at. Outputs are not queued here: one that is slow finds all that is new as one output."""
+
+    __slots__ = ("_waiter", "end")
+
+    def __init__(self) -> None:
+        self.end: RequestOutput | BaseException | None = None  # nothing comes after it
+        self._waiter: asyncio.Future[None] | None = None
+
+    def close(self, end: RequestOutput | BaseException) -> None:
+        """Give the last word, the first time."""
+        self.end = self.end or end
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until `wake`."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
 
 class AsyncLLM(EngineFace):
-    """Many streams at once over one engine, which runs on a thread of its own.
+    """Many streams at once over one engine.
 
-    All coroutines of one instance must run on the same event loop.
+    ``AsyncLLM(config)`` runs the core on a thread of this process, `launch` in a process of its own. All coroutines
+    of one instance must run on the same event loop.
+
+    Attributes:
+        stats: the engine's latest known state and totals; append to ``stats.observers`` to follow it.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        super().__init__(config, executor)
-        self.dead_error: BaseException | None = None
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor | None = None,
+        *,
+        process: ChildCore | None = None,
+        max_restarts: int = 0,
+    ) -> None:
+        """
+        Args:
+            executor: where the model runs; None makes the one the configuration asks for.
+            process: an engine process that was started with this configuration, instead of a thread.
+            max_restarts: how often in ten minutes a process that has died is replaced.
+        """
+        self._core: RunningCore
+        if process is None:
+            config, core = make_core(config, executor)
+            self._core = ThreadCore(core, config.model.max_model_len)
+        else:
+            self._core = process
+        super().__init__(config)
+        self._ready = process is None
+        self._max_restarts = max_restarts
+        self._deaths: deque[float] = deque()
         self._streams: dict[str, Stream] = {}
         self._aborted: set[str] = set()  # streams whose prompt was still being tokenised
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._commands: list[Command] = []
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="nanovllm-core", daemon=True)
-        self._thread.start()
+        self._numbers = itertools.count()
+        self._replies: dict[int, asyncio.Future[bool]] = {}
+        self._ready_waiters: list[asyncio.Future[None]] = []
+        self._stopped = False
+        self._log = StatsLog() if config.log_stats else None
+        if self._log is not None:
+            self.stats.observers.append(self._log)
+        self._log_timer: asyncio.TimerHandle | None = None
 
-    # -- for the event loop --------------------------------------------------------------------------------------
+    @classmethod
+    def launch(cls, args: EngineArgs, *, max_restarts: int = 0) -> AsyncLLM:
+        """Start the engine in a process of its own; this one needs no torch.
+
+        Returns while the model is being loaded there; `ready` waits for it, and so does `generate`.
+
+        Args:
+            max_restarts: how often in ten minutes a process that has died is replaced by a new one.
+
+        Raises:
+            ParameterError, ModelError: the arguments cannot be honoured, or the tokenizer cannot be loaded.
+        """
+        config = args.build()
+        process = ChildCore(config)
+        try:
+            return cls(config, process=process, max_restarts=max_restarts)
+        except BaseException:
+            process.stop()
+            raise
+
+    # -- for users -----------------------------------------------------------------------------------------------
+
+    async def ready(self) -> None:
+        """Wait until the model is loaded.
+
+        Raises:
+            ParameterError, ModelError: it cannot be.
+            EngineDeadError: the engine has stopped.
+        """
+        self._listen()
+        while not self._ready:
+            if isinstance(self._core.error, ValueError):
+                raise self._core.error
+            self._check_alive()
+            waiter = asyncio.get_running_loop().create_future()
+            self._ready_waiters.append(waiter)
+            await waiter
 
     async def generate(
         self,
@@ -60,148 +168,202 @@ class AsyncLLM(EngineFace):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of a prompt. Leaving the iteration early aborts the request.
 
+        Whoever reads slowly gets fewer outputs, with more in each; nothing is lost and nothing piles up.
+
         Raises:
             ParameterError: the prompt or a parameter cannot be honoured.
             EngineGenerateError: a step with this request failed; the engine goes on.
-            EngineDeadError: the engine has stopped for good.
+            EngineDeadError: the engine has stopped; unless it is `errored`, it is being restarted.
         """
+        arrival = time.monotonic()
         self._check_alive()
-        self._loop = asyncio.get_running_loop()
         if request_id in self._streams:
             raise ParameterError("a request of this id is under way", "request_id", request_id)
-        stream: Stream = asyncio.Queue()
-        self._streams[request_id] = stream
+        stream = self._streams[request_id] = Stream()
+        params = sampling_params if sampling_params is not None else self.input.default_params()
         try:
-            params = sampling_params if sampling_params is not None else self.input.default_params()
-            prepared, family = await asyncio.to_thread(self._prepare, request_id, prompt, params)
-            self.output.add(request_id, prepared, params, [member.request_id for member in family])
-
-            def add() -> None:
-                try:
-                    self.core.add(family[0], priority, family[1:])
-                except Exception as error:
-                    self._post(partial(stream.put_nowait, error))
-
+            await self.ready()
+            prepared = await asyncio.to_thread(self.input.process, prompt, params)
+            self._check_alive()
+            ids = child_ids(request_id, prepared.params.n)
+            self.output.add(request_id, prepared, params, ids, arrival)
             if request_id in self._aborted:
                 await self.abort(request_id)
             else:
-                self._command(add)
+                self.stats.add(ids, arrival)
+                self._core.send(Add(request_id, prepared, self._next_seed(), priority))
             finished = False
             while not finished:
-                output = await stream.get()
+                if stream.end is not None:
+                    output = stream.end
+                elif self.output.is_due(request_id):
+                    output = self.output.hand_out(request_id)
+                else:
+                    await stream.wait()
+                    continue
                 if isinstance(output, BaseException):
                     raise output
+                finished = output.finished
+                if finished:
+                    self.stats.finished(output, params)
                 failed = next((c for c in output.outputs if c.finish_reason == "error"), None)
                 if failed is not None:
                     raise EngineGenerateError(f"request {request_id}: {failed.stop_reason}")
-                finished = output.finished
                 yield output
         finally:
-            await self.abort(request_id)
+            final = self._abort(request_id)
+            if final is not None:
+                self.stats.finished(final, params)
             self._streams.pop(request_id, None)
             self._aborted.discard(request_id)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; their streams yield a final output with finish reason "abort". Unknown ids are passed over."""
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
-            final, children = self.output.abort(name)
-            if children:
-                self._command(partial(self.core.finish, children, "abort"))
+            final = self._abort(name)
             if name in self._streams:
                 if final is None:
                     self._aborted.add(name)
                 else:
-                    self._streams[name].put_nowait(final)
+                    self._streams[name].close(final)
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError if the engine has stopped."""
+        """Raises EngineDeadError if the engine has stopped, be it that it is being restarted."""
         self._check_alive()
+        if not self._ready:
+            raise EngineDeadError("the engine is not ready: its model is being loaded")
 
     async def get_tokenizer(self) -> Any:
         return self.tokenizer
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing changes, while requests hold blocks."""
+        await self.ready()
         self._check_alive()
-        done = asyncio.get_running_loop().create_future()
-        self._loop = asyncio.get_running_loop()
-
-        def reset() -> None:
-            result = self.core.reset_prefix_cache()
-            self._post(lambda: done.set_result(result))
-
-        self._command(reset)
-        return await done
+        number = next(self._numbers)
+        reply = self._replies[number] = asyncio.get_running_loop().create_future()
+        self._core.send(ResetPrefixCache(number))
+        return await reply
 
     @property
     def is_running(self) -> bool:
-        return self._thread.is_alive() and not self._stopping
+        return self._core.alive and not self._stopped
 
     @property
     def errored(self) -> bool:
+        """Whether the engine has stopped for good after a fault."""
         return self.dead_error is not None
+
+    @property
+    def dead_error(self) -> BaseException | None:
+        """Why the engine has stopped for good."""
+        return self._core.error
 
     def shutdown(self) -> None:
         """Stop the core and free weights and cache; streams under way end with EngineDeadError. Idempotent."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        self._end_streams(EngineDeadError("the engine was shut down"))
-        self.core.shutdown()
+        self._stopped = True
+        self._core.stop()
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._end_all, EngineDeadError("the engine was shut down"))
+
+    # -- on the event loop ---------------------------------------------------------------------------------------
 
     def _check_alive(self) -> None:
-        if self.dead_error is not None:
-            raise EngineDeadError("the engine has stopped after a fault; make a new one") from self.dead_error
-        if not self.is_running:
+        if self._stopped:
             raise EngineDeadError("the engine was shut down")
+        if self._core.error is not None:
+            raise EngineDeadError(f"the engine has stopped after a fault: {self._core.error}") from self._core.error
 
-    def _command(self, command: Command) -> None:
-        with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+    def _listen(self) -> None:
+        """Have the core's messages delivered to the running loop."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._log_timer = None
+            self._core.listen(loop, self._receive)
 
-    def _deliver(self, outputs: list[EngineOutput]) -> None:
-        """On the event loop: make text of tokens, and tell the core which requests a stop string has ended."""
-        request_outputs, stopped = self.output.process(outputs)
-        if stopped:
-            self._command(partial(self.core.finish, stopped, "stop"))
-        for output in request_outputs:
-            stream = self._streams.get(output.request_id)
+    def _abort(self, request_id: str) -> RequestOutput | None:
+        """End a request that has not had its final output, which is returned."""
+        final, children = self.output.abort(request_id)
+        if children:
+            self.stats.forget(children)
+            self._core.send(Finish(children, "abort"))
+        return final
+
+    def _receive(self, message: Message) -> None:
+        if isinstance(message, Update):
+            self._update(message)
+        elif isinstance(message, Ready):
+            model = dataclasses.replace(self.config.model, max_model_len=message.max_model_len)
+            self.config = dataclasses.replace(self.config, model=model)
+            self.input.max_model_len = message.max_model_len
+            self._ready = True
+            self._wake_ready()
+        else:
+            self._bury(message)
+
+    def _update(self, update: Update) -> None:
+        """Make text of tokens, tell whoever waits, and the core which requests a stop string has ended."""
+        for request_id, error in update.refused:
+            if request_id in self._streams:
+                self._streams[request_id].close(error)
+        for number, result in update.replies:
+            reply = self._replies.pop(number, None)
+            if reply is not None and not reply.done():
+                reply.set_result(result)
+        due, stopped = self.output.take(update.outputs, update.stats)
+        for request_id in due:
+            stream = self._streams.get(request_id)
             if stream is not None:
-                stream.put_nowait(output)
+                stream.wake()
+        if update.stats is not None:
+            self.stats.step(update.outputs, update.stats)
+            self._log_later()
+        if stopped:
+            self.stats.forget(stopped)
+            self._core.send(Finish(stopped, "stop"))
 
-    def _end_streams(self, error: BaseException) -> None:
+    def _bury(self, death: Died) -> None:
+        """The core has died: its requests end, and another one is started if that may help."""
+        was_ready, self._ready = self._ready, False
+        logger.error("The engine has died: %s", death.error)
+        self._end_all(EngineDeadError(f"the engine has stopped: {death.error}"))
+        self.stats.reset()
+        now = time.monotonic()
+        while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
+            self._deaths.popleft()
+        worth_it = isinstance(self._core, ChildCore) and (was_ready or self._deaths)
+        if worth_it and len(self._deaths) < self._max_restarts and self._loop is not None:
+            self._deaths.append(now)
+            logger.warning("Starting the engine again (%d of %d).", len(self._deaths), self._max_restarts)
+            self._core = ChildCore(self.config)
+            self._core.listen(self._loop, self._receive)
+        else:
+            self._wake_ready()
+
+    def _end_all(self, error: EngineDeadError) -> None:
         for stream in list(self._streams.values()):
-            self._post(partial(stream.put_nowait, error))
+            stream.close(error)
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(error)
+        self._replies.clear()
+        if self._stopped:
+            self._wake_ready()
 
-    # -- for the core thread -------------------------------------------------------------------------------------
+    def _wake_ready(self) -> None:
+        waiters, self._ready_waiters = self._ready_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
-    def _post(self, callback: Callable[[], object]) -> None:
-        """Run a callback on the event loop, if there still is one."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(callback)
+    def _log_later(self) -> None:
+        """A line in ten seconds, as long as there is something to report."""
+        if self._log is not None and self._log_timer is None and self._loop is not None:
+            self._log_timer = self._loop.call_later(LOG_INTERVAL, self._write_log)
 
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._wake:
-                    while not (self._commands or self._stopping or self.core.has_work):
-                        self._wake.wait()
-                    if self._stopping:
-                        return
-                    commands, self._commands = self._commands, []
-                for command in commands:
-                    command()
-                try:
-                    outputs = self.core.step()
-                except StepError:
-                    logger.exception("A step failed; its requests end with an error, the others go on.")
-                    continue
-                if outputs:
-                    self._post(partial(self._deliver, outputs))
-        except BaseException as error:
-            logger.exception("The engine has stopped.")
-            self.dead_error = error
-            self._end_streams(EngineDeadError(f"the engine has stopped: {error!r}"))
+    def _write_log(self) -> None:
+        self._log_timer = None
+        if self._log is not None and self._log.report():
+            self._log_later()

@@ -12,6 +12,7 @@ from nanovllm.engine.invariants import InvariantChecker
 from nanovllm.engine.plan import EngineOutput, StepPlan, StepResult
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.stats import StepMeter
 from nanovllm.errors import StepError
 
 
@@ -44,12 +45,14 @@ class EngineCore:
             config.scheduler, executor.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching
         )
         self.max_steps_in_flight = config.scheduler.max_steps_in_flight
+        self.meter = StepMeter(self.scheduler)
         self.checker: InvariantChecker | None = None  # set by tests
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._undelivered: list[EngineOutput] = []
 
     def add(self, request: Request, priority: int = 0, forks: Sequence[Request] = ()) -> None:
         """Queue a request; see `Scheduler.add`."""
+        self.meter.queued((request, *forks))
         self.scheduler.add(request, priority, forks)
 
     def finish(self, request_ids: Iterable[str], reason: str) -> None:
@@ -74,6 +77,7 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is None:
                 break
+            self.meter.planned(plan)
             if self.checker is not None:
                 self.checker.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))

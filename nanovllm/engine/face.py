@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from nanovllm.config import EngineArgs, EngineConfig, ModelConfig
 from nanovllm.engine.core import EngineCore, Executor
-from nanovllm.engine.family import derive_seed, make_family
+from nanovllm.engine.family import derive_seed
 from nanovllm.engine.garbage import collect_rarely
-from nanovllm.engine.input import EngineInput, InputProcessor
+from nanovllm.engine.input import InputProcessor
 from nanovllm.engine.output import OutputProcessor
-from nanovllm.engine.request import Request
-from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.inputs import PromptType
+from nanovllm.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -25,23 +21,18 @@ Face = TypeVar("Face", bound="EngineFace")
 
 
 class EngineFace:
-    """An `EngineCore` with text on both sides.
+    """Text on both sides of an engine, wherever its core runs.
 
     Args:
         config: from ``EngineArgs.build()``.
-        executor: where the model runs; None makes the one the configuration asks for.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        if executor is None:
-            from nanovllm.executor import create_executor
-
-            executor = create_executor(config)
+    def __init__(self, config: EngineConfig) -> None:
         collect_rarely()
-        self.config = fit_context(config, executor.num_blocks)
-        self.core = EngineCore(self.config, executor)
-        self.input = InputProcessor(self.config)
+        self.config = config
+        self.input = InputProcessor(config)
         self.output = OutputProcessor(self.input.tokenizer)
+        self.stats = EngineStats()
         self._arrivals = itertools.count()
 
     @classmethod
@@ -58,17 +49,26 @@ class EngineFace:
         """The tokenizer; None with ``skip_tokenizer_init``."""
         return self.input.tokenizer
 
-    def _prepare(
-        self, request_id: str, prompt: PromptType, params: SamplingParams
-    ) -> tuple[EngineInput, list[Request]]:
-        """Check and tokenise a prompt; the requests that answer it. Any thread may call this.
+    def _next_seed(self) -> int:
+        """The seed of a request that brings none."""
+        return derive_seed(self.config.seed, next(self._arrivals))
 
-        Raises:
-            ParameterError: the prompt or a parameter cannot be honoured.
-        """
-        prepared = self.input.process(prompt, params)
-        seed = derive_seed(self.config.seed, next(self._arrivals))
-        return prepared, make_family(request_id, prepared, self.config.model.max_model_len, seed)
+
+def make_core(config: EngineConfig, executor: Executor | None = None) -> tuple[EngineConfig, EngineCore]:
+    """A core, and the configuration with the context that its cache allows.
+
+    Args:
+        executor: where the model runs; None makes the one the configuration asks for, which loads the model.
+
+    Raises:
+        ParameterError, ModelError: it cannot be loaded.
+    """
+    if executor is None:
+        from nanovllm.executor import create_executor
+
+        executor = create_executor(config)
+    config = fit_context(config, executor.num_blocks)
+    return config, EngineCore(config, executor)
 
 
 def fit_context(config: EngineConfig, num_blocks: int) -> EngineConfig:

@@ -17,6 +17,11 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def child_ids(request_id: str, count: int) -> list[str]:
+    """The ids that a request's outputs have in the engine. No two users' ids give the same."""
+    return [f"{index}_{request_id}" for index in range(count)]
+
+
 def make_family(request_id: str, prompt: EngineInput, max_model_len: int, default_seed: int) -> list[Request]:
     """One request per output of the prompt, the first to compute the prompt for all.
 
@@ -26,14 +31,14 @@ def make_family(request_id: str, prompt: EngineInput, max_model_len: int, defaul
     params = prompt.params
     seed = default_seed if params.seed is None else params.seed % 2**64
     family = []
-    for index in range(params.n):
+    for index, child_id in enumerate(child_ids(request_id, params.n)):
         own = params
         if index > 0 and params.prompt_logprobs is not None:  # the first one's are everybody's
             own = params.clone()
             own.prompt_logprobs, own.skip_reading_prefix_cache = None, False
         family.append(
             Request(
-                f"{index}_{request_id}",  # no two users' ids give the same
+                child_id,
                 prompt.prompt_token_ids,
                 own,
                 max_model_len=max_model_len,

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from nanovllm.config import EngineConfig
 from nanovllm.engine.beam_search import BeamSearch
 from nanovllm.engine.core import Executor
-from nanovllm.engine.face import EngineFace
+from nanovllm.engine.face import EngineFace, make_core
+from nanovllm.engine.family import make_family
 from nanovllm.engine.plan import EngineOutput
+from nanovllm.engine.stats import StatsLog
 from nanovllm.errors import EngineDeadError, ParameterError, StepError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
@@ -22,7 +24,11 @@ class LLMEngine(EngineFace):
     """The engine that its user steps."""
 
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        super().__init__(config, executor)
+        config, self.core = make_core(config, executor)
+        super().__init__(config)
+        self._log = StatsLog() if config.log_stats else None
+        if self._log is not None:
+            self.stats.observers.append(self._log)
         self._beams: dict[str, BeamSearch] = {}  # request id -> its search
         self._beam_outputs: dict[str, BeamSearchOutput | StepError] = {}
         self._closed = False
@@ -50,7 +56,8 @@ class LLMEngine(EngineFace):
         if self.output.has(request_id):
             raise ParameterError("a request of this id is under way", "request_id", request_id)
         given = params if params is not None else self.input.default_params()
-        prepared, family = self._prepare(request_id, prompt, given)
+        prepared = self.input.process(prompt, given)
+        family = make_family(request_id, prepared, self.config.model.max_model_len, self._next_seed())
         self.core.add(family[0], priority, family[1:])
         self.output.add(request_id, prepared, given, [member.request_id for member in family])
         return request_id
@@ -80,11 +87,17 @@ class LLMEngine(EngineFace):
                 "error"; all others go on.
         """
         outputs = self.core.step()
+        stats = self.core.meter.take()
+        if self._log is not None:
+            self.stats.step(outputs, stats)
+            if self._log.due:
+                self._log.report()
         if self._beams:
             outputs = self._advance_beams(outputs)
-        request_outputs, stopped = self.output.process(outputs)
+        request_outputs, stopped = self.output.process(outputs, stats)
         if stopped:
             self.core.finish(stopped, "stop")
+            self.stats.forget(stopped)
         return request_outputs
 
     # -- beam search ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from nanovllm.engine.completion import Completion
 from nanovllm.engine.input import EngineInput
 from nanovllm.engine.logprobs import position_logprobs
 from nanovllm.engine.plan import EngineOutput
+from nanovllm.engine.stats import Admission, StepStats
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.outputs import PositionLogprobs, RequestOutput, RequestStateStats
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -69,7 +70,14 @@ class OutputProcessor:
         """Whether the request has not had its final output."""
         return request_id in self._requests
 
-    def add(self, request_id: str, engine_input: EngineInput, params: SamplingParams, child_ids: list[str]) -> None:
+    def add(
+        self,
+        request_id: str,
+        engine_input: EngineInput,
+        params: SamplingParams,
+        child_ids: list[str],
+        arrival_ts: float | None = None,
+    ) -> None:
         """Expect the outputs of a request.
 
         Args:
@@ -77,7 +85,10 @@ class OutputProcessor:
             engine_input: what `InputProcessor.process` made of it.
             params: the parameters as the user gave them; they say how outputs are handed out.
             child_ids: the ids that its n outputs have in the engine, by index.
+            arrival_ts: when it arrived, in seconds of the monotonic clock; None: now.
         """
+        now = time.monotonic()
+        arrival_ts = now if arrival_ts is None else arrival_ts
         completions = [
             Completion(index, engine_input, self._tokenizer, params.output_kind) for index in range(len(child_ids))
         ]
@@ -88,7 +99,7 @@ class OutputProcessor:
             stream_interval=max(self._stream_interval, params.stream_interval or 1),
             child_ids=list(child_ids),
             completions=completions,
-            stats=RequestStateStats(arrival_time=time.time(), arrival_ts=time.monotonic()),
+            stats=RequestStateStats(arrival_time=time.time() - (now - arrival_ts), arrival_ts=arrival_ts),
             unfinished=len(completions),
             # Nothing predicts the first token.
             prompt_logprobs=None if engine_input.params.prompt_logprobs is None else [None],
@@ -97,15 +108,30 @@ class OutputProcessor:
         for child_id, completion in zip(child_ids, completions, strict=True):
             self._children[child_id] = _Child(completion, request, completion is completions[0])
 
-    def process(self, outputs: Iterable[EngineOutput]) -> tuple[list[RequestOutput], list[str]]:
-        """Take what a step gave.
+    def process(
+        self, outputs: Iterable[EngineOutput], stats: StepStats | None = None
+    ) -> tuple[list[RequestOutput], list[str]]:
+        """Take what a step gave, and hand out what is due.
 
         Returns:
             The outputs to hand out, at most one per request; and the ids of the children that a stop string ended
             while the engine goes on with them.
         """
-        due: list[_Request] = []
+        due, to_stop = self.take(outputs, stats)
+        return [self.hand_out(request_id) for request_id in due], to_stop
+
+    def take(self, outputs: Iterable[EngineOutput], stats: StepStats | None = None) -> tuple[list[str], list[str]]:
+        """Take what a step gave. Nothing is lost if it is handed out late: what comes meanwhile is added to it.
+
+        Returns:
+            The ids of the requests that have become due, that is, have something for `hand_out` and had nothing before;
+            and the ids of the children that a stop string ended while the engine goes on with them.
+        """
+        due: list[str] = []
         to_stop: list[str] = []
+        now = time.monotonic() if stats is None else stats.timestamp
+        if stats is not None and stats.admissions:
+            self._note_admissions(stats.admissions)
         for output in outputs:
             child = self._children.get(output.request_id)
             if child is None:
@@ -115,17 +141,18 @@ class OutputProcessor:
                 completion.token_ids += output.new_token_ids
                 continue
             if not child.heard_of or output.prompt_logprobs:
-                self._take_prompt_part(child, output)
+                self._take_prompt_part(child, output, now)
             completion.take(output)
             if completion.finish_reason is not None:
                 del self._children[output.request_id]
                 request.unfinished -= 1
+                request.stats.last_token_ts = now
                 if output.finish_reason is None:
                     to_stop.append(output.request_id)
             if not request.due and _is_due(request, completion):
                 request.due = True
-                due.append(request)
-        return [self._hand_out(request) for request in due], to_stop
+                due.append(request.request_id)
+        return due, to_stop
 
     def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
         """End a request.
@@ -143,10 +170,22 @@ class OutputProcessor:
                 completion.finish("abort")
                 del self._children[child_id]
                 to_stop.append(child_id)
+                request.stats.last_token_ts = time.monotonic()
         request.unfinished = 0
-        return self._hand_out(request), to_stop
+        return self.hand_out(request_id), to_stop
 
-    def _take_prompt_part(self, child: _Child, output: EngineOutput) -> None:
+    def _note_admissions(self, admissions: Iterable[Admission]) -> None:
+        for admission in admissions:
+            child = self._children.get(admission.request_id)
+            if child is None:
+                continue
+            stats = child.request.stats
+            if admission.num_preemptions:
+                stats.num_preemptions += 1
+            elif not stats.scheduled_ts:
+                stats.queued_ts, stats.scheduled_ts = admission.queued_ts, admission.scheduled_ts
+
+    def _take_prompt_part(self, child: _Child, output: EngineOutput, now: float) -> None:
         """What an output says of the prompt, and the time of the first token."""
         request = child.request
         if child.is_first:
@@ -156,9 +195,16 @@ class OutputProcessor:
                 request.prompt_logprobs += [position_logprobs(each, self._tokenizer) for each in output.prompt_logprobs]
         if output.new_token_ids:
             child.heard_of = True
-            request.stats.first_token_ts = request.stats.first_token_ts or time.monotonic()
+            request.stats.first_token_ts = request.stats.first_token_ts or now
 
-    def _hand_out(self, request: _Request) -> RequestOutput:
+    def is_due(self, request_id: str) -> bool:
+        """Whether there is something to hand out."""
+        request = self._requests.get(request_id)
+        return request is not None and request.due
+
+    def hand_out(self, request_id: str) -> RequestOutput:
+        """The output of a request, all of it or what is new since the last. A finished request is forgotten."""
+        request = self._requests[request_id]
         request.due = False
         finished = request.unfinished == 0
         if finished:
@@ -169,7 +215,6 @@ class OutputProcessor:
             if len(completions) > 1:
                 completions = [completion for completion in completions if completion.has_news()]
         if finished:
-            request.stats.last_token_ts = time.monotonic()
             request.stats.num_generation_tokens = sum(completion.num_tokens for completion in request.completions)
         return RequestOutput(
             request.request_id,

@@ -60,6 +60,7 @@ class Request:
         "num_registered",
         "num_stale",
         "params",
+        "queued_ts",
         "request_id",
         "row",
         "salt",
@@ -108,6 +109,7 @@ class Request:
         self.finish_reason: str | None = None
         self.key: tuple[int, int, int] = (0, 0, 0)  # (priority, arrival, index among forks): smaller goes first
         self.num_preemptions = 0
+        self.queued_ts = 0.0  # seconds of the monotonic clock
 
         self.num_computed = 0
         self.num_pending = 0

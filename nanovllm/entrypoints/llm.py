@@ -84,6 +84,7 @@ class LLM:
         named = dict(locals())
         for name in ("self", "kwargs", "hf_overrides"):
             del named[name]
+        kwargs.setdefault("disable_log_stats", True)
         args = EngineArgs.from_kwargs(**named, hf_overrides=hf_overrides or {}, **kwargs)
         self.llm_engine = LLMEngine(args.build())
         self._ids = itertools.count()

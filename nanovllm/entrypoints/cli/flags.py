@@ -62,7 +62,7 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "long_prefill_token_threshold": "most prompt tokens of one request in a step; 0: no limit",
         "scheduling_policy": "fcfs: first come, first served",
         "async_scheduling": "plan the next step while one runs",
-        "disable_log_stats": "do not log statistics",
+        "disable_log_stats": "do not log throughput, queue and cache usage every ten seconds",
     },
     "parallel": {
         "tensor_parallel_size": "devices that share every layer",
