@@ -77,15 +77,16 @@ def cut(text: str, cuts: list[int]) -> list[str]:
 
 
 # What answers are made of, well and badly.
-PIECES = st.sampled_from(
-    """
+TOKENS = """
     <tool_call> </tool_call> <tool_c <think> </think> <|python_tag|> [TOOL_CALLS] [ARGS] [CALL_ID]
     <function= <function=search> </function> <parameter=city> <parameter=days> </parameter>
     [ ] { } : , ; " \\ \\" \\u00e9 \\u12 \\x 1 -2.5e3 0 true nul null text é 雨 🙂
     "name" "arguments" "parameters" "search" "get_weather" search {"name":"search","arguments":{"q":"x"}}
     {"name":"get_weather","parameters":{"city":"</tool_call>"}}
-    """.split()
-) | st.sampled_from([" ", "\n", "\n\n", "\t", '{"name": "search", "arguments": {', '{"a": [1, {"b": "}"}]}}'])
+"""
+PIECES = st.sampled_from(TOKENS.split()) | st.sampled_from(
+    [" ", "\n", "\n\n", "\t", '{"name": "search", "arguments": {', '{"a": [1, {"b": "}"}]}}']
+)
 MESSY = st.lists(PIECES, max_size=14).map("".join)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-from nanovllm.errors import ParameterError
-from nanovllm.parsers import hermes, llama3_json, mistral, qwen3_coder
 from nanovllm.parsers.emitter import Emitter
 from nanovllm.parsers.events import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
+from nanovllm.parsers.formats import TOOL_PARSERS, ToolParser, lookup
 from nanovllm.parsers.json_text import canonical_json
 from nanovllm.parsers.reasoning import REASONING_PARSERS, ReasoningParser
 from nanovllm.parsers.source import Source, Steps
 from nanovllm.parsers.tools import ToolChoice, Tools
-
-ToolReader: TypeAlias = Callable[[Source, Emitter, Tools], Steps[None]]
-
-TOOL_PARSERS: dict[str, ToolReader] = {
-    "hermes": hermes.read,
-    "llama3_json": llama3_json.read,
-    "mistral": mistral.read,
-    "qwen3_coder": qwen3_coder.read,
-    "qwen3_xml": qwen3_coder.read,
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class AnswerParser:
 
     Args:
         reasoning: how the reasoning is marked; None: the answer begins with content.
-        read_tools: how calls are written; None: there are none, and all that follows the reasoning is content.
+        calls: how calls are written; None: there are none, and all that follows the reasoning is content.
         tools: the functions that were offered.
         hold_calls: as above; for answers that are not streamed.
     """
@@ -65,13 +54,13 @@ class AnswerParser:
     def __init__(
         self,
         reasoning: ReasoningParser | None = None,
-        read_tools: ToolReader | None = None,
+        calls: ToolParser | None = None,
         tools: Tools | None = None,
         hold_calls: bool = False,
     ) -> None:
         self._source = Source()
-        self._emit = Emitter(hold_calls, trim=read_tools is not None)
-        self._steps = self._read(reasoning, read_tools, tools or Tools())
+        self._emit = Emitter(hold_calls, trim=calls is not None)
+        self._steps = self._read(reasoning, calls, tools or Tools())
         self.in_reasoning = reasoning is not None
         next(self._steps)  # to the point where it waits for text
 
@@ -98,13 +87,13 @@ class AnswerParser:
         """A whole answer at once; arguments are written as ``json.dumps(..., ensure_ascii=False)`` does."""
         return collect(self.feed(text) + self.finish())
 
-    def _read(self, reasoning: ReasoningParser | None, read_tools: ToolReader | None, tools: Tools) -> Steps[None]:
+    def _read(self, reasoning: ReasoningParser | None, calls: ToolParser | None, tools: Tools) -> Steps[None]:
         yield
         if reasoning is not None:
             yield from reasoning.read(self._source, self._emit)
             self.in_reasoning = False
-        if read_tools is not None:
-            yield from read_tools(self._source, self._emit, tools)
+        if calls is not None:
+            yield from calls.read(self._source, self._emit, tools)
         yield from self._source.copy_until((), self._emit.content)
 
 
@@ -154,19 +143,11 @@ def make_answer_parser(
     Raises:
         ParameterError: an unknown parser, a malformed tool or choice.
     """
-    reasoning = _lookup(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
-    read_tools = _lookup(TOOL_PARSERS, tool_parser, "tool_call_parser")
+    reasoning = lookup(REASONING_PARSERS, reasoning_parser, "reasoning_parser") if reasoning_parser else None
+    calls = lookup(TOOL_PARSERS, tool_parser, "tool_call_parser") if tool_parser else None
     functions = Tools.read(tools)
     if ToolChoice.read(tool_choice, functions).mode == "none":
-        read_tools = None
+        calls = None
     if reasoning is not None and not reasoning.expected(prompt, chat_template_kwargs, continue_final_message):
         reasoning = None
-    return AnswerParser(reasoning, read_tools, functions, hold_calls)
-
-
-def _lookup(parsers: Mapping[str, Any], name: str | None, parameter: str) -> Any:
-    if not name:
-        return None
-    if name not in parsers:
-        raise ParameterError(f"unknown parser: use one of {', '.join(sorted(parsers))}", parameter, name)
-    return parsers[name]
+    return AnswerParser(reasoning, calls, functions, hold_calls)

@@ -10,10 +10,13 @@ missing last tag is tolerated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanovllm.parsers.calls import attempt, read_json_call
 from nanovllm.parsers.emitter import Emitter
+from nanovllm.parsers.grammar import LINE_BREAK, Envelope, Grammar
 from nanovllm.parsers.source import Source, Steps
-from nanovllm.parsers.tools import Tools
+from nanovllm.parsers.tools import Function, Tools
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -35,3 +38,9 @@ def _call(source: Source, emit: Emitter) -> Steps[None]:
     yield from source.expect(OPEN)
     yield from source.skip_space()
     yield from read_json_call(source, emit)
+
+
+def envelope(grammar: Grammar, functions: Sequence[Function], parallel: bool) -> Envelope:
+    """Calls as `read` finds them, written as the models were taught."""
+    call = f"{LINE_BREAK} {grammar.json_call(functions, 'arguments')} {LINE_BREAK} {grammar.mark(CLOSE)}"
+    return Envelope((OPEN,), call, LINE_BREAK, parallel)

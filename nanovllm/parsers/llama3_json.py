@@ -9,10 +9,13 @@ functions that were offered make a call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanovllm.parsers.calls import attempt, read_json_call
 from nanovllm.parsers.emitter import Emitter
+from nanovllm.parsers.grammar import Envelope, Grammar
 from nanovllm.parsers.source import Source, Steps
-from nanovllm.parsers.tools import Tools
+from nanovllm.parsers.tools import Function, Tools
 
 PYTHON_TAG = "<|python_tag|>"
 SEPARATOR = ";"
@@ -31,3 +34,9 @@ def _call(source: Source, emit: Emitter, tools: Tools, before: str) -> Steps[Non
     yield from source.accept(before)
     yield from source.skip_space()
     yield from read_json_call(source, emit, ("parameters", "arguments"), tools)
+
+
+def envelope(grammar: Grammar, functions: Sequence[Function], parallel: bool) -> Envelope:
+    """Calls as `read` finds them; nothing marks their beginning."""
+    call = grammar.json_call(functions, "parameters")
+    return Envelope((), f"{call} ({grammar.text(SEPARATOR + ' ')} {call})*" if parallel else call)

@@ -8,11 +8,14 @@ In the second form ``[ARGS]`` may be missing, and ``[CALL_ID]`` with an id may s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanovllm.parsers.calls import attempt, read_json_call
 from nanovllm.parsers.emitter import Emitter
+from nanovllm.parsers.grammar import Envelope, Grammar
 from nanovllm.parsers.json_text import copy_json
 from nanovllm.parsers.source import Malformed, Source, Steps
-from nanovllm.parsers.tools import Tools
+from nanovllm.parsers.tools import Function, Tools
 
 TOOL_CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
@@ -63,3 +66,14 @@ def _named_call(source: Source, emit: Emitter) -> Steps[None]:
         raise Malformed
     emit.call(name)
     yield from copy_json(source, emit.arguments)
+
+
+def envelope(grammar: Grammar, functions: Sequence[Function], parallel: bool) -> Envelope:
+    """Calls as `read` finds them: in the second form if the tokenizer has its token."""
+    args = grammar.token(ARGS)
+    if args is not None:
+        calls = [f"{grammar.text(function.name)} {args} {grammar.json(function.parameters)}" for function in functions]
+        return Envelope((TOOL_CALLS,), grammar.rule(" | ".join(calls)), repeats=parallel)
+    call = grammar.json_call(functions, "arguments")
+    more = f"({grammar.text(', ')} {call})*" if parallel else ""
+    return Envelope((TOOL_CALLS,), f"{grammar.text('[')} {call} {more} {grammar.text(']')}")

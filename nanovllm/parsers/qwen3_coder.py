@@ -16,12 +16,16 @@ begins with a tag.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanovllm.errors import ParameterError
 from nanovllm.parsers.calls import attempt
 from nanovllm.parsers.emitter import Emitter
+from nanovllm.parsers.grammar import ANY_TEXT, LINE_BREAK, Envelope, Grammar, pattern_of
 from nanovllm.parsers.json_text import canonical_json
+from nanovllm.parsers.schema import allowed_values, resolved, type_of
 from nanovllm.parsers.source import Malformed, Source, Steps
 from nanovllm.parsers.tools import Function, Tools
 
@@ -60,7 +64,7 @@ def _call(source: Source, emit: Emitter, tools: Tools) -> Steps[None]:
         if not written:
             emit.call(name)
         emit.arguments(("{" if not written else ", ") + json.dumps(parameter, ensure_ascii=False) + ": ")
-        yield from _copy_value(source, emit, _types(tools.get(name), parameter))
+        yield from _copy_value(source, emit, tools.get(name).types(parameter))
         written += 1
         yield from source.skip_space()
     if not written:
@@ -96,31 +100,6 @@ def _escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _types(function: Function, parameter: str) -> frozenset[str]:
-    """The JSON types a parameter may have; none if its schema does not say."""
-    return frozenset(_schema_types(function.parameter_schema(parameter)))
-
-
-def _schema_types(schema: Any) -> set[str]:
-    if not isinstance(schema, Mapping):
-        return set()
-    kinds = schema.get("type")
-    types = {kinds} if isinstance(kinds, str) else set(kinds or ())
-    for key in ("anyOf", "oneOf", "allOf"):
-        for choice in schema.get(key) or ():
-            types |= _schema_types(choice)
-    for value in (*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else [])):
-        types.add(_type_of(value))
-    return types
-
-
-def _type_of(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
-    return kinds.get(type(value), "object")
-
-
 def _typed(text: str, types: frozenset[str]) -> str:
     """The JSON text of a parameter that may be something else than a string.
 
@@ -139,7 +118,7 @@ def _typed(text: str, types: frozenset[str]) -> str:
                 written = str(value)
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
-    kind = _type_of(value)
+    kind = type_of(value)
     if kind in types or (kind == "integer" and "number" in types):
         return canonical_json(written)
     return json.dumps(text, ensure_ascii=False)
@@ -147,3 +126,58 @@ def _typed(text: str, types: frozenset[str]) -> str:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def envelope(grammar: Grammar, functions: Sequence[Function], parallel: bool) -> Envelope:
+    """Calls as `read` finds them, parameters in the schema's order.
+
+    Raises:
+        ParameterError: a schema that does not list its parameters, or says of a text what tags cannot hold.
+    """
+    any_call = grammar.rule(" | ".join(grammar.rule(_call_rule(grammar, function)) for function in functions))
+    call = f"{LINE_BREAK} {any_call} {LINE_BREAK} {grammar.mark(CLOSE)}"
+    return Envelope((OPEN, FUNCTION), call, LINE_BREAK, parallel)
+
+
+def _call_rule(grammar: Grammar, function: Function) -> str:
+    required = function.parameters.get("required") or ()
+    missing = [name for name in required if name not in function.properties]
+    if missing or any(key in function.parameters for key in ("$ref", "anyOf", "oneOf", "allOf")):
+        raise ParameterError(
+            f"the parameters of the function {function.name!r} must be listed in properties", "tools", missing or "..."
+        )
+    parts = [grammar.text(f"{FUNCTION}{function.name}>\n")]
+    for name, schema in function.properties.items():
+        part = grammar.rule(grammar.text(f"{PARAMETER}{name}>\n") + " " + _value_rule(grammar, function, name, schema))
+        parts.append(part if name in required else part + "?")
+    return " ".join([*parts, grammar.text(FUNCTION_END)])
+
+
+def _value_rule(grammar: Grammar, function: Function, name: str, schema: Any) -> str:
+    """A parameter's value and its end: as text if it may be a string, else as JSON."""
+    schema = resolved(schema, function.parameters)
+    types = function.types(name)
+    end = "\n" + PARAMETER_END
+    if types and "string" not in types:
+        definitions = {key: function.parameters[key] for key in ("$defs", "definitions") if key in function.parameters}
+        return f"{grammar.json({**schema, **definitions})} {grammar.text(end)} {LINE_BREAK}"
+    values = allowed_values(schema) if isinstance(schema, Mapping) else None
+    if values is not None:
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        return f"({' | '.join(grammar.text(text + end) for text in texts)}) {LINE_BREAK}"
+    body = _text_pattern(schema) if isinstance(schema, Mapping) else ANY_TEXT
+    text = grammar.text_without(_VALUE_ENDS, body)
+    return f"{grammar.rule(f'{text} /{pattern_of(end)}/', '[lazy]')} {LINE_BREAK}"
+
+
+def _text_pattern(schema: Mapping[str, Any]) -> str:
+    """The regular expression of a string's schema."""
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    body = ANY_TEXT if not least and most == "" else rf"/(.|\n){{{least},{most}}}/"
+    pattern = schema.get("pattern")
+    if isinstance(pattern, str):
+        slashed = re.sub(r"(?<!\\)/", r"\/", pattern)
+        before = "" if slashed.startswith("^") else r"(.|\n)*"
+        after = "" if slashed.endswith("$") and not slashed.endswith(r"\$") else r"(.|\n)*"
+        body += f" & /{before}({slashed.removeprefix('^').removesuffix('' if after else '$')}){after}/"
+    return body

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.errors import ParameterError
+from nanovllm.parsers.schema import schema_types
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,15 @@ class Function:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
 
-    def parameter_schema(self, name: str) -> Any:
-        """Schema of one parameter; None if it has none."""
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """Parameter -> its schema."""
         properties = self.parameters.get("properties")
-        return properties.get(name) if isinstance(properties, Mapping) else None
+        return properties if isinstance(properties, Mapping) else {}
+
+    def types(self, parameter: str) -> frozenset[str]:
+        """The JSON types a parameter may have; none if the schema does not say."""
+        return schema_types(self.properties.get(parameter), self.parameters)
 
 
 class Tools:

@@ -1,0 +1,101 @@
+"""The grammar of required tool calls: the envelope the parser reads, with the functions' schemas inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nanovllm.errors import ParameterError
+from nanovllm.parsers.formats import TOOL_PARSERS, lookup
+from nanovllm.parsers.grammar import ANY_TEXT, Envelope, Grammar, pattern_of
+from nanovllm.parsers.tools import Function, ToolChoice, Tools
+from nanovllm.sampling_params import StructuredOutputsParams
+
+NO_JSON = r"/([^ \t\r\n{](.|\n)*)?/"
+LAYOUT = r"/\n{1,2}/"  # line breaks that models write between their reasoning and a call
+
+
+def tool_constraint(
+    tool_parser: str,
+    tools: Sequence[Any] | None,
+    tool_choice: Any = None,
+    parallel_tool_calls: bool = True,
+    token_id: Callable[[str], int | None] | None = None,
+) -> StructuredOutputsParams | None:
+    """What a request's tools ask of the form of its answer.
+
+    With "required" or a named function, the answer is calls in the parser's form, and every call's arguments follow
+    their function's schema, whether it is called strict or not. With "auto" the answer is free until the model begins
+    a call; if any function is strict, the call's name is then one of the functions', and the arguments of strict ones
+    follow their schemas. Functions without strictness take any object there.
+
+    Args:
+        tool_parser: a name in `TOOL_PARSERS`.
+        tools, tool_choice: the request's.
+        parallel_tool_calls: False: at most one call. A named function is always called once.
+        token_id: the id of the token that a text is, None if it is not one; for tags that are tokens.
+
+    Returns:
+        None if nothing is asked.
+
+    Raises:
+        ParameterError: malformed tools or choice, or a schema that the format cannot hold. Whether the grammar's
+            compiler takes the schemas is found when the request is made.
+    """
+    functions = Tools.read(tools)
+    choice = ToolChoice.read(tool_choice, functions)
+    offered = [function for function in functions if choice.name in (None, function.name)]
+    if choice.mode == "none" or (choice.mode == "auto" and not any(function.strict for function in offered)):
+        return None
+    if choice.mode == "auto":
+        offered = [function if function.strict else replace(function, parameters={}) for function in offered]
+    schemas = {function.name: _arguments_schema(function) for function in offered}
+    offered = [replace(function, parameters=schemas[function.name]) for function in offered]
+    grammar = Grammar(token_id)
+    parallel = parallel_tool_calls and choice.mode != "named"
+    envelope = lookup(TOOL_PARSERS, tool_parser, "tool_call_parser").envelope(grammar, offered, parallel)
+    start = _free(grammar, envelope) if choice.mode == "auto" else _required(grammar, envelope)
+    return StructuredOutputsParams(grammar=grammar.written(start))
+
+
+def _required(grammar: Grammar, envelope: Envelope) -> str:
+    opening = grammar.mark(envelope.markers[0]) if envelope.markers else ""
+    again = f"({envelope.separator} {opening} {envelope.call})*" if envelope.repeats else ""
+    return f"{grammar.terminal(LAYOUT)}? {opening} {envelope.call} {again}"
+
+
+def _free(grammar: Grammar, envelope: Envelope) -> str:
+    if not envelope.markers:
+        # What begins like JSON is taken for a call by the parser, so it must be one.
+        return f"{grammar.terminal(NO_JSON)} | {envelope.call}"
+    marker = envelope.markers[0]
+    text = grammar.text_without(envelope.markers)
+    token = grammar.token(marker)
+    if token is not None:
+        opening = f"{text} {token}"
+    else:  # lazy: the text ends where the marker first occurs
+        opening = grammar.rule(f"{ANY_TEXT} /{pattern_of(marker)}/", "[lazy]")
+    return f"({opening} {envelope.call}){'*' if envelope.repeats else '?'} {text}"
+
+
+def _arguments_schema(function: Function) -> Mapping[str, Any]:
+    """The function's schema as that of an object, with no properties beside those it names unless it says otherwise."""
+    schema = dict(function.parameters)
+    kind = schema.setdefault("type", "object")
+    if kind != "object" and kind != ["object"]:
+        raise ParameterError(
+            f"the parameters of the function {function.name!r} must be an object's schema", "tools", kind
+        )
+    own_rules = {
+        "additionalProperties",
+        "unevaluatedProperties",
+        "patternProperties",
+        "$ref",
+        "anyOf",
+        "oneOf",
+        "allOf",
+    }
+    if "properties" in schema and not own_rules & schema.keys():
+        schema["additionalProperties"] = False
+    return schema
