@@ -14,11 +14,12 @@ from nanovllm.platforms import cpu, get_platform
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_the_cpu_is_the_default(device: str) -> None:
+def test_the_cpu_is_the_default(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.platforms.cuda.visible_gpus", tuple)
     assert get_platform(device).device == "cpu"
 
 
-@pytest.mark.parametrize("device", ["cuda", "npu", "tpu"])
+@pytest.mark.parametrize("device", ["npu", "tpu"])
 def test_a_device_without_a_platform_is_named(device: str) -> None:
     with pytest.raises(ParameterError, match="not available in this version") as caught:
         get_platform(device)

@@ -1,0 +1,177 @@
+"""An NVIDIA GPU: its memory, its number formats, its streams, its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.errors import ParameterError
+from nanovllm.platforms.cuda_driver import Gpu, torch_is_built_for_cuda, visible_gpus
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MARGIN = 256 * 2**20  # bytes left free: cuBLAS workspaces, kernels loaded later, the allocator's rounding
+
+
+class CudaPlatform:
+    """The first visible NVIDIA GPU.
+
+    Attributes:
+        device: the device name torch and the operator table know.
+        overlap: steps run on the GPU while the host plans the next one.
+        memory_utilization: share of the GPU's whole memory that this process takes by default; what others use of it
+            is respected.
+        gpu: what the driver says of it.
+    """
+
+    device = "cuda"
+    overlap = True
+    memory_utilization = 0.92
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def resolve_dtype(self, dtype: str, checkpoint_dtype: str | None) -> str:
+        """The dtype to compute in, for what the user asked and what the checkpoint holds (None: it does not say).
+
+        "auto" is float16 for a float16 checkpoint and on GPUs before Ampere, which have no bfloat16; bfloat16 for all
+        others, those in float32 too.
+
+        Raises:
+            ParameterError: bfloat16 asked for by name on a GPU without it.
+        """
+        has_bfloat16 = self.gpu.capability >= (8, 0)
+        if dtype == "bfloat16" and not has_bfloat16:
+            raise ParameterError(
+                f"{self.gpu.name} (compute capability {_dotted(self.gpu)}) has no bfloat16, which began with 8.0; "
+                "use float16",
+                "dtype",
+                dtype,
+            )
+        if dtype != "auto":
+            return dtype
+        if checkpoint_dtype == "float16" or not has_bfloat16:
+            return "float16"
+        return "bfloat16"
+
+    def available_memory(self) -> int:
+        """Bytes of the GPU that are free, of whatever process gave them back or never took them."""
+        import torch
+
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    def memory_budget(self, utilization: float) -> int:
+        """Bytes this process may take beyond what it holds now.
+
+        ``utilization`` of the whole memory, less what this process holds, but never more than is free: memory that
+        other processes hold is theirs.
+        """
+        import torch
+
+        total = torch.cuda.mem_get_info()[1]
+        own = int(total * utilization) - self.memory_used_by_process()
+        return max(0, min(own, self.available_memory() - _MARGIN))
+
+    def memory_used_by_process(self) -> int:
+        """Bytes of GPU memory that tensors of this process hold."""
+        import torch
+
+        return torch.cuda.memory_allocated()
+
+    def set_threads(self) -> int:
+        """Threads for what is left to the host: tokenising has its own, tensors on the host are few. Returns 1."""
+        import torch
+
+        torch.set_num_threads(1)
+        return 1
+
+    def copy_back(self, tensor: Tensor) -> HostCopy:
+        """Start to copy a tensor to the host, behind the work that makes it; nothing waits until the copy is read."""
+        return HostCopy(tensor)
+
+    def capture(self, work: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+        """Record the device's part of ``work`` as a graph; returns (replay, what ``work`` returned).
+
+        ``work`` runs twice before (kernels are compiled and chosen on the first run, which cannot be recorded) and
+        leaves the same memory behind each time: it must give the same result however often it runs. Its tensors live in
+        ``pool``, which graphs that never run at the same time share.
+        """
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+        return graph.replay, result
+
+    def new_pool(self) -> Any:
+        """A memory pool for graphs."""
+        import torch
+
+        return torch.cuda.graph_pool_handle()
+
+    def synchronize(self) -> None:
+        """Wait for all work of the GPU."""
+        import torch
+
+        torch.cuda.synchronize()
+
+
+class HostCopy:
+    """A tensor on its way to pinned host memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        import torch
+
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def wait(self) -> Tensor:
+        """The tensor on the host; waits for the copy, not for steps launched after it."""
+        self._done.synchronize()
+        return self._host
+
+    def tolist(self) -> list[Any]:
+        """``wait().tolist()``."""
+        return self.wait().tolist()
+
+
+def cuda_platform() -> CudaPlatform:
+    """The platform of the first visible GPU.
+
+    Raises:
+        ParameterError: no GPU, or a torch without CUDA.
+    """
+    gpus = visible_gpus()
+    if not gpus:
+        raise ParameterError(
+            "no NVIDIA GPU is visible to this process (is the driver there? what does CUDA_VISIBLE_DEVICES say?); "
+            "use 'cpu' or 'auto'",
+            "device",
+            "cuda",
+        )
+    if not torch_is_built_for_cuda():
+        raise ParameterError(
+            f"{gpus[0].name} is there, but the installed torch has no CUDA; install one from pytorch.org that has, "
+            "or use 'cpu'",
+            "device",
+            "cuda",
+        )
+    return CudaPlatform(gpus[0])
+
+
+def cuda_is_usable() -> bool:
+    """Whether ``cuda_platform()`` would succeed."""
+    return bool(visible_gpus()) and torch_is_built_for_cuda()
+
+
+def _dotted(gpu: Gpu) -> str:
+    return ".".join(map(str, gpu.capability))
