@@ -96,7 +96,7 @@ SAMPLING_HELP: dict[str, str] = {
 METAVARS: dict[str, str] = {
     "model": "MODEL",
     "dtype": "{auto,bfloat16,float16,float32}",
-    "device": "{auto,cpu}",
+    "device": "{auto,cpu,cuda}",
     "download_dir": "FOLDER",
     "load_format": "{auto,safetensors,dummy}",
     "logprobs_mode": "{raw_logprobs,processed_logprobs,raw_logits,processed_logits}",
