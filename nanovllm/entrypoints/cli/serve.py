@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-from typing import Any
 
+from nanovllm.config import EngineArgs
 from nanovllm.entrypoints.cli.flags import add_engine_flags, engine_args
 from nanovllm.entrypoints.cli.parser import CommandParser
 from nanovllm.entrypoints.cli.serve_flags import add_serve_flags, serve_args
+from nanovllm.entrypoints.log import setup_logging
 from nanovllm.entrypoints.serve.args import ServeArgs
+from nanovllm.entrypoints.serve.listener import bind, run_loop
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -24,21 +25,25 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end."""
+    setup_logging()
     given = engine_args(arguments)
     if arguments.model_tag is not None:
         given["model"] = arguments.model_tag
-    return asyncio.run(_serve(given, serve_args(arguments)))
+    return run_loop(_serve(EngineArgs.from_kwargs(**given), serve_args(arguments)))
 
 
-async def _serve(engine_args: dict[str, Any], args: ServeArgs) -> int:
-    from nanovllm.entrypoints.serve.server import bind, serve
+async def _serve(engine_args: EngineArgs, args: ServeArgs) -> int:
+    from nanovllm.engine.async_llm import AsyncLLM
 
     with bind(args) as listener:
-        from nanovllm.entrypoints.cli.loading import load_async_llm
-        from nanovllm.entrypoints.serve.app import build_app
-
-        engine = load_async_llm(engine_args, verbose=True)
+        # The engine's process loads the model while this one loads the web framework.
+        engine = AsyncLLM.launch(engine_args, max_restarts=args.max_engine_restarts)
         try:
-            return await serve(build_app(engine, args), engine, listener)
+            from nanovllm.entrypoints.serve.app import build_app
+            from nanovllm.entrypoints.serve.server import serve
+
+            app = build_app(engine, args)
+            await engine.ready()
+            return await serve(app, engine, listener)
         finally:
             engine.shutdown()

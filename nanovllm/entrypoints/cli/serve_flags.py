@@ -18,6 +18,7 @@ SERVE_HELP: dict[str, dict[str, str]] = {
         "port": "0 takes a free one",
         "uds": "serve on this Unix domain socket instead",
         "shutdown_timeout": "seconds that requests have to end after SIGTERM or SIGINT; a second signal ends them",
+        "max_engine_restarts": "how often in ten minutes an engine that has died is started again",
         "root_path": "path under which a proxy shows the server",
         "ssl_keyfile": "private key, for https",
         "ssl_certfile": "certificate, for https",
@@ -39,7 +40,6 @@ SERVE_HELP: dict[str, dict[str, str]] = {
     "answers": {
         "served_model_name": "one or more names of the model; the first is the one answers carry",
         "response_role": "role of an answer",
-        "chat_template_content_format": "how a template takes a message's content; found out by default",
         "default_chat_template_kwargs": "variables of the chat template for requests that do not set them",
         "trust_request_chat_template": "let requests bring a chat template of their own",
         "enable_auto_tool_choice": "let the model call tools when it sees fit",

@@ -19,7 +19,7 @@ def count_reasoning(context: ServeContext, reasoning: str | None, token_ids: Seq
     if not reasoning:
         return 0
     parser = REASONING_PARSERS[context.args.reasoning_parser or ""]
-    start, end = context.tokenizer.convert_tokens_to_ids([parser.start, parser.end])
+    start, end = context.token_id(parser.start), context.token_id(parser.end)
     if end is None or end not in token_ids:  # the mark is several tokens, or the answer ends within the reasoning
         return min(len(token_ids), len(context.tokenizer.encode(reasoning, add_special_tokens=False)))
     return token_ids.index(end) - (token_ids[0] == start)

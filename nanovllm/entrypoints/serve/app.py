@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -72,12 +72,13 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
 def _add_named(app: FastAPI, name: str) -> None:
     """Middleware by its place: ``package.module.Class``, or an async function of request and ``call_next``."""
     module, _, attribute = name.rpartition(".")
+    found: Any
     try:
-        found: Any = getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ParameterError(f"cannot be imported: {error}", "middleware", name) from error
-    if inspect.isclass(found):
-        app.add_middleware(found)
+    if isinstance(found, type):
+        app.add_middleware(cast(Any, found))
     elif inspect.iscoroutinefunction(found):
         app.middleware("http")(found)
     else:

@@ -22,7 +22,6 @@ class ServeArgs:
     api_key: list[str] = field(default_factory=list)
     served_model_name: list[str] = field(default_factory=list)
     default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    chat_template_content_format: str = "auto"
     trust_request_chat_template: bool = False
     response_role: str = "assistant"
     enable_auto_tool_choice: bool = False
@@ -54,19 +53,14 @@ class ServeArgs:
     ssl_ciphers: str | None = None
     sse_keep_alive_interval: float = 0.0
     shutdown_timeout: float = 30.0
+    max_engine_restarts: int = 3
     h11_max_incomplete_event_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ParameterError("must be in 0..65535; 0 takes a free one", "port", self.port)
-        for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size"):
+        for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size", "max_engine_restarts"):
             if not getattr(self, name) >= 0:
                 raise ParameterError("must not be negative", name, getattr(self, name))
-        if self.chat_template_content_format not in ("auto", "string", "openai"):
-            raise ParameterError(
-                "must be 'auto', 'string' or 'openai'",
-                "chat_template_content_format",
-                self.chat_template_content_format,
-            )
         if self.enable_auto_tool_choice and not self.tool_call_parser:
             raise ParameterError("needs tool_call_parser", "enable_auto_tool_choice", True)

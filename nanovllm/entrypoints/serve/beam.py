@@ -44,7 +44,7 @@ async def beam_outputs(
         raise ParameterError(f"a beam search needs 2 * n log-probabilities, and max_logprobs is {limit}", "n", width)
     if params.structured_outputs is not None:
         raise ParameterError("not supported with beam search in this version", "structured_outputs", "...")
-    searches = [_search(context, f"{call_id}-{i}", each, params, request) for i, each in enumerate(prompts)]
+    searches = [_search(context, call_id, each, params, request) for each in prompts]
     return list(await asyncio.gather(*searches))
 
 
@@ -62,13 +62,13 @@ async def _search(
         length = len(found.tokens) - (found.ended == "stop")
         return found.total / length**request.length_penalty
 
-    for round_number in range(max_tokens):
+    for _ in range(max_tokens):
         streams = []
-        for index, parent in enumerate(alive):
+        for parent in alive:
             asked: TokensPrompt = {"prompt_token_ids": parent.tokens}
             if request.cache_salt is not None:
                 asked["cache_salt"] = request.cache_salt
-            name = f"{call_id}-beam-{round_number}-{index}"
+            name = context.engine_id(f"{call_id}-beam")
             streams.append(context.engine.generate(asked, step, name, priority=request.priority))
         growing = []
         for parent, output in zip(alive, await final_outputs(streams), strict=True):

@@ -16,7 +16,7 @@ from nanovllm.entrypoints.serve.protocol.chat import ChatCompletionRequest
 from nanovllm.errors import ParameterError
 from nanovllm.inputs import TokensPrompt
 from nanovllm.outputs import RequestOutput
-from nanovllm.parsers import REASONING_PARSERS, AnswerParser, make_answer_parser
+from nanovllm.parsers import REASONING_PARSERS, AnswerParser, make_answer_parser, tool_constraint
 from nanovllm.parsers.tools import ToolChoice, Tools
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -28,7 +28,7 @@ class ChatTurn:
     """A request for the next message of a conversation, ready for the engine.
 
     Attributes:
-        call_id: the request's id in the engine.
+        call_id: the answer's id.
         model: the name the answer carries.
         role: of the answer.
         prompt: the rendered conversation.
@@ -51,7 +51,8 @@ class ChatTurn:
 
     def generate(self) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs: deltas if the request streams, else one at the end."""
-        return self.context.engine.generate(self.prompt, self.params, self.call_id, priority=self.request.priority)
+        name = self.context.engine_id(self.call_id)
+        return self.context.engine.generate(self.prompt, self.params, name, priority=self.request.priority)
 
     @property
     def tool_parser(self) -> str | None:
@@ -71,7 +72,7 @@ class ChatTurn:
             reasoning_parser=self.context.args.reasoning_parser,
             tool_parser=self.tool_parser,
             tools=self.tools,
-            tool_choice=self.request.tool_choice,
+            tool_choice=self.request.tool_choice if self.tools else None,
             chat_template_kwargs=self.template_kwargs,
             prompt=self.prompt.get("prompt"),
             continue_final_message=self.request.continue_final_message,
@@ -102,10 +103,9 @@ async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, ca
     choice = _tool_choice(context, request, tools)
     constraint = None
     if choice.mode != "none":
-        from nanovllm.parsers import tool_constraint
-
         parser = args.tool_call_parser or DEFAULT_TOOL_PARSER
-        constraint = tool_constraint(parser, tools, request.tool_choice, request.parallel_tool_calls is not False)
+        parallel = request.parallel_tool_calls is not False
+        constraint = tool_constraint(parser, tools, request.tool_choice, parallel, context.token_id)
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     params = request.params(context.generation_defaults, constraint, output_kind=kind)
     if choice.mode != "none" or _marks_are_special(context):
@@ -123,7 +123,8 @@ async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, ca
 def _tool_choice(
     context: ServeContext, request: ChatCompletionRequest, tools: list[dict[str, Any]] | None
 ) -> ToolChoice:
-    choice = ToolChoice.read(request.tool_choice if tools or request.tool_choice != "auto" else None, Tools.read(tools))
+    asked = None if request.tool_choice in ("auto", "none") and not tools else request.tool_choice
+    choice = ToolChoice.read(asked, Tools.read(tools))
     args = context.args
     if choice.mode == "auto" and not args.enable_auto_tool_choice:
         raise ParameterError(
@@ -183,6 +184,9 @@ async def render_messages(context: ServeContext, request: ChatCompletionRequest)
 
 
 def _tools(request: ChatCompletionRequest) -> list[dict[str, Any]] | None:
+    """The tools the model is told of: none if it is not to call any."""
+    if request.tool_choice == "none":
+        return None
     return [tool.model_dump() for tool in request.tools] if request.tools else None
 
 
@@ -207,5 +211,4 @@ def _marks_are_special(context: ServeContext) -> bool:
     name = context.args.reasoning_parser
     if not name:
         return False
-    end = context.tokenizer.convert_tokens_to_ids([REASONING_PARSERS[name].end])[0]
-    return end in context.tokenizer.all_special_ids
+    return context.token_id(REASONING_PARSERS[name].end) in context.tokenizer.all_special_ids

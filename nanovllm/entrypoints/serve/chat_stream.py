@@ -152,14 +152,15 @@ class ChatStream:
                     function = {"name": each.name, "arguments": ""}
                     calls.append({"id": make_call_id(), "type": "function", "index": each.index, "function": function})
             elif isinstance(each, ToolCallArguments) and (limit is None or each.index < limit):
-                if calls and calls[-1]["index"] == each.index and "id" not in calls[-1]:
+                if calls and calls[-1]["index"] == each.index:
                     calls[-1]["function"]["arguments"] += each.fragment
                 else:
                     calls.append({"index": each.index, "function": {"arguments": each.fragment}})
         if "reasoning" in delta and self._turn.context.args.reasoning_content_field:
             delta["reasoning_content"] = delta["reasoning"]
         if calls:
-            delta.setdefault("content", None)
+            if "id" in calls[0]:
+                delta.setdefault("content", None)
             delta["tool_calls"] = calls
         return delta
 

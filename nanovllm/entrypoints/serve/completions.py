@@ -74,8 +74,8 @@ class _Call:
     def streams(self) -> Streams:
         engine, priority = self.context.engine, self.body.priority
         return [
-            engine.generate(prompt, self.params, f"{self.call_id}-{index}", priority=priority)
-            for index, prompt in enumerate(self.prompts)
+            engine.generate(prompt, self.params, self.context.engine_id(self.call_id), priority=priority)
+            for prompt in self.prompts
         ]
 
     # -- one answer ----------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,7 @@ class ServeContext:
     created: int = field(default_factory=lambda: int(time.time()))
     load: int = 0
     draining: bool = False
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -61,6 +64,10 @@ class ServeContext:
         if tokenizer is None:
             raise ServeError(400, "this needs a tokenizer, and the server runs with skip_tokenizer_init")
         return tokenizer
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that ``text`` is; None if it is not one."""
+        return self.tokenizer.convert_tokens_to_ids([text])[0]
 
     @property
     def max_model_len(self) -> int:
@@ -84,6 +91,10 @@ class ServeContext:
             aliases = ", ".join(self.model_names)
             raise ServeError(404, f"The model `{asked}` does not exist. Valid aliases: {aliases}.", "model")
         return asked
+
+    def engine_id(self, call_id: str) -> str:
+        """An id for the engine, which is unique although clients may name their requests."""
+        return f"{call_id}-{next(self._numbers)}"
 
     def names_tokens_by_id(self, asked: bool | None) -> bool:
         """Whether log-probabilities name tokens ``token_id:7``: as the request asks, or else the server."""

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanovllm.entrypoints.serve.args import ServeArgs
-from nanovllm.errors import ParameterError
+from nanovllm.entrypoints.serve.listener import address
 
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
@@ -66,49 +66,6 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(each)
 
 
-def bind(args: ServeArgs) -> socket.socket:
-    """Take the server's address; connections are accepted later.
-
-    Raises:
-        ParameterError: it is not to be had.
-    """
-    if args.uds is not None:
-        return _bind_unix(args.uds)
-    family = socket.AF_INET6 if args.host and ":" in args.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        listener.bind((args.host or "", args.port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        name = "host" if isinstance(error, socket.gaierror) else "port"
-        where = f"{args.host or '0.0.0.0'}:{args.port}"
-        raise ParameterError(f"cannot serve on {where}: {error}", name, getattr(args, name)) from error
-    return listener
-
-
-def _bind_unix(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if os.path.exists(path) and not _answers(path):
-            os.unlink(path)  # left behind by a server that is gone
-        listener.bind(path)
-    except OSError as error:
-        listener.close()
-        raise ParameterError(f"cannot serve there: {error}", "uds", path) from error
-    return listener
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-    return True
-
-
 async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
     """Serve until a signal or the end of the engine.
 
@@ -133,15 +90,6 @@ async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
         logger.error("The engine has stopped: %s", engine.dead_error)
         return EXIT_ENGINE_DEAD
     return 0
-
-
-def address(listener: socket.socket, args: ServeArgs) -> str:
-    """Where clients find the server."""
-    if args.uds is not None:
-        return f"unix:{args.uds}"
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if args.ssl_certfile else 'http'}://{host}:{port}"
 
 
 def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:

@@ -26,16 +26,14 @@ async def health(request: Request, max_step_age: Seconds = None) -> Response:
     await engine.check_health()
     if context.draining:
         raise ServeError(503, "the server is ending")
-    stats = getattr(engine, "stats", None)
-    if stats is None:
-        return JSONResponse({"status": "ok", "num_running": 0, "num_waiting": 0})
+    stats = engine.stats
     age = stats.last_step_age()
     busy = stats.num_running + stats.num_waiting
-    if max_step_age is not None and busy and age is not None and age > max_step_age:
+    if max_step_age is not None and busy and age > max_step_age:
         raise ServeError(503, f"{busy} requests are under way and the last step was {age:.1f} s ago")
     state = {
         "status": "ok",
-        "last_step_age": None if age is None else round(age, 3),
+        "last_step_age": round(age, 3),
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,
     }
