@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,8 @@ def shared_server(*options: str) -> Served:
     server = Served(options, {})
     atexit.register(server.stop)
     return server
+
+
+def chained(lists: Iterable[list[Any]]) -> list[Any]:
+    """All items of the lists, in order."""
+    return list(itertools.chain.from_iterable(lists))

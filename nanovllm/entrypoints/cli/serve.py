@@ -8,6 +8,7 @@ from nanovllm.config import EngineArgs
 from nanovllm.entrypoints.cli.flags import add_engine_flags, engine_args
 from nanovllm.entrypoints.cli.parser import CommandParser
 from nanovllm.entrypoints.cli.serve_flags import add_serve_flags, serve_args
+from nanovllm.entrypoints.cli.vllm_flags import add_vllm_flags, judge_vllm_flags
 from nanovllm.entrypoints.log import setup_logging
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.listener import bind, run_loop
@@ -21,12 +22,15 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("model_tag", nargs="?", metavar="MODEL", help=text)
     add_serve_flags(parser)
     add_engine_flags(parser, without=("reasoning_parser",))
+    add_vllm_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end."""
     setup_logging()
+    judge_vllm_flags(arguments)
     given = engine_args(arguments)
+    given.setdefault("disable_log_stats", False)
     if arguments.model_tag is not None:
         given["model"] = arguments.model_tag
     return run_loop(_serve(EngineArgs.from_kwargs(**given), serve_args(arguments)))

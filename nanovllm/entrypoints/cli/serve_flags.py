@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from typing import Any, get_origin, get_type_hints
 
 from nanovllm.entrypoints.cli.flags import add_field_flags
@@ -50,6 +51,7 @@ SERVE_HELP: dict[str, dict[str, str]] = {
         "enable_prompt_tokens_details": "tell in usage how many tokens of the prompt were cached",
         "enable_force_include_usage": "end every stream with its usage",
         "enable_tokenizer_info_endpoint": "tell about the tokenizer on /tokenizer_info",
+        "stream_interval": "tokens per event of a stream, for requests that do not say",
         "sse_keep_alive_interval": "seconds of silence after which a stream carries a comment; 0: never",
     },
     "messages": {
@@ -63,10 +65,11 @@ SERVE_HELP: dict[str, dict[str, str]] = {
 }
 
 
-def add_serve_flags(parser: CommandParser) -> None:
-    """Options for the fields of `ServeArgs`, in groups."""
+def add_serve_flags(parser: CommandParser, titles: Iterable[str] = SERVE_HELP) -> None:
+    """Options for the fields of `ServeArgs`, in the groups ``titles``."""
     hints = get_type_hints(ServeArgs)
-    for title, helps in SERVE_HELP.items():
+    for title in titles:
+        helps = SERVE_HELP[title]
         group = parser.add_argument_group(title)
         for name, text in helps.items():
             option = "--" + name.replace("_", "-")

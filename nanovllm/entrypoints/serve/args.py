@@ -51,6 +51,7 @@ class ServeArgs:
     ssl_ca_certs: str | None = None
     ssl_cert_reqs: int = 0
     ssl_ciphers: str | None = None
+    stream_interval: int = 1
     sse_keep_alive_interval: float = 0.0
     shutdown_timeout: float = 30.0
     max_engine_restarts: int = 3
@@ -62,5 +63,7 @@ class ServeArgs:
         for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size", "max_engine_restarts"):
             if not getattr(self, name) >= 0:
                 raise ParameterError("must not be negative", name, getattr(self, name))
+        if self.stream_interval < 1:
+            raise ParameterError("must be at least 1", "stream_interval", self.stream_interval)
         if self.enable_auto_tool_choice and not self.tool_call_parser:
             raise ParameterError("needs tool_call_parser", "enable_auto_tool_choice", True)

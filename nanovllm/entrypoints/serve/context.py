@@ -76,8 +76,8 @@ class ServeContext:
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
-        """Sampling parameters of requests that do not set them (generation_config.json)."""
-        return self.engine.model_config.generation_defaults
+        """Sampling parameters of requests that do not set them: generation_config.json's, and the server's own."""
+        return {**self.engine.model_config.generation_defaults, "stream_interval": self.args.stream_interval}
 
     def model_name(self, asked: str | None) -> str:
         """The name an answer carries; none asked for is the first.

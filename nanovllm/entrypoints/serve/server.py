@@ -46,6 +46,11 @@ class Server(uvicorn.Server):
         self._context.draining = self.should_exit = True
         self._wake.set()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections, and say so."""
+        await super().startup(sockets)
+        logger.info("Application startup complete.")
+
     async def main_loop(self) -> None:
         """Until `stop` is called or the engine dies."""
         while not self.should_exit and not self._engine.errored:
@@ -80,7 +85,6 @@ async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
     logger.info("Serving %s on %s", ", ".join(context.model_names), address(listener, args))
     try:
         with server.capture_signals():
-            logger.info("Application startup complete.")
             await server._serve([listener])
     finally:
         if args.uds is not None:

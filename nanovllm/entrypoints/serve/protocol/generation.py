@@ -150,8 +150,19 @@ class GenerationRequest(BaseModel):
             )
         if self.stream and self.use_beam_search:
             raise ParameterError("Streaming is not currently supported with beam search", "use_beam_search", True)
+        if self.use_beam_search:
+            self._check_beam_search()
         if self.cache_salt is not None and not self.cache_salt:
             raise ParameterError("must be a non-empty string if it is given", "cache_salt", self.cache_salt)
+
+    def _check_beam_search(self) -> None:
+        """A beam search has a width, a length and a length penalty; it ranks by the model's own probabilities."""
+        if self.temperature not in (None, 0, 1):
+            raise ParameterError("beam search ranks by the model's own probabilities: use 0", "temperature",
+                                 self.temperature)  # fmt: skip
+        for name in _NOT_IN_BEAM_SEARCH:
+            if getattr(self, name):
+                raise ParameterError("not supported with beam search", name, getattr(self, name))
 
     def unknown_fields(self) -> dict[str, Any]:
         """Fields that no version of the interface has."""
@@ -189,6 +200,8 @@ class GenerationRequest(BaseModel):
             value = getattr(self, name)
             if value is not None:
                 fields[name] = value
+        if self.use_beam_search:
+            fields["temperature"] = 1.0  # n outputs differ
         detection = self.repetition_detection
         return SamplingParams(
             **fields,
@@ -249,6 +262,20 @@ class GenerationRequest(BaseModel):
         return {"json": json.dumps(schema) if isinstance(schema, bool) else schema}
 
 
+_NOT_IN_BEAM_SEARCH = (
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "presence_penalty",
+    "frequency_penalty",
+    "prompt_logprobs",
+    "logprob_token_ids",
+    "thinking_token_budget",
+    "repetition_detection",
+)
 _SAME_NAME = (
     "n",
     "temperature",
