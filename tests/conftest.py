@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NANOVLLM_LOGGING_LEVEL", "WARNING")
+if os.environ.get("NANOVLLM_TEST_DEVICE", "cpu") == "cpu":  # see cuda_device.py
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
 
