@@ -89,6 +89,16 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class StructuredOutputsConfig:
+    """Defaults of constrained outputs, and where a model's reasoning ends."""
+
+    reasoning_parser: str | None = None  # a name in nanovllm.parsers.REASONING_PARSERS
+    enable_in_reasoning: bool = False  # the constraint holds from the first token on, not from the answer's
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """All an engine needs to know."""
 
@@ -101,6 +111,7 @@ class EngineConfig:
     enforce_eager: bool
     tensor_parallel_size: int
     log_stats: bool = False  # a line in the log every ten seconds of work
+    structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
 
 
 @dataclass
@@ -134,6 +145,8 @@ class EngineArgs:
     logprobs_mode: str = "raw_logprobs"
     enforce_eager: bool = False
     attention_backend: str | None = None
+    reasoning_parser: str | None = None
+    structured_outputs_config: dict[str, Any] = field(default_factory=dict)
     block_size: int | None = None
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
@@ -235,6 +248,7 @@ class EngineArgs:
             seed=self.seed or 0,
             enforce_eager=self.enforce_eager,
             tensor_parallel_size=self.tensor_parallel_size,
+            structured_outputs=self._structured_outputs(),
             log_stats=not self.disable_log_stats,
         )
 
@@ -280,6 +294,23 @@ class EngineArgs:
             if not fits:
                 wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
                 raise ParameterError(f"{name} must be {wanted}", name, value)
+
+    def _structured_outputs(self) -> StructuredOutputsConfig:
+        """`reasoning_parser` and `structured_outputs_config`, which may hold vLLM's names of backends."""
+        from nanovllm.parsers import REASONING_PARSERS
+
+        given = dict(self.structured_outputs_config)
+        backends = ("auto", "guidance", "llguidance", "xgrammar", "outlines", "lm-format-enforcer")
+        _one_of("structured_outputs_config.backend", given.pop("backend", "auto"), backends)  # all mean llguidance
+        given.pop("disable_fallback", None)  # there is nothing to fall back to
+        parser = given.pop("reasoning_parser", None)
+        parser = self.reasoning_parser or parser or None
+        known = {f.name for f in dataclasses.fields(StructuredOutputsConfig)}
+        for name, value in given.items():
+            if name not in known or not isinstance(value, bool):
+                raise ParameterError("not an option, or not true or false", f"structured_outputs_config.{name}", value)
+        _one_of("reasoning_parser", parser, (None, *REASONING_PARSERS))
+        return StructuredOutputsConfig(reasoning_parser=parser, **given)
 
     def _tokenizer_path(self, model_path: Path) -> Path | None:
         if self.skip_tokenizer_init:

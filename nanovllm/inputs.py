@@ -15,9 +15,11 @@ class TextPrompt(_TextPromptRequired, total=False):
     Keys:
         prompt: the text.
         cache_salt: only prompts with the same salt share cached blocks.
+        reasoning_ended: the answer begins at once, whatever the prompt ends with; see ``reasoning_parser``.
     """
 
     cache_salt: str
+    reasoning_ended: bool
 
 
 class _TokensPromptRequired(TypedDict):
@@ -31,10 +33,12 @@ class TokensPrompt(_TokensPromptRequired, total=False):
         prompt_token_ids: the ids, taken as they are.
         prompt: the text they stand for, handed back in the output.
         cache_salt: only prompts with the same salt share cached blocks.
+        reasoning_ended: the answer begins at once, whatever the prompt ends with; see ``reasoning_parser``.
     """
 
     prompt: str
     cache_salt: str
+    reasoning_ended: bool
 
 
 # Text, token ids, or one of the dicts above.

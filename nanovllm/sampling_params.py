@@ -25,6 +25,7 @@ GREEDY_EPSILON = 1e-5  # a temperature below it means argmax
 MIN_TEMPERATURE = 1e-2  # smaller positive temperatures overflow the scaled logits
 MAX_N = 16384
 MAX_LOGIT_BIAS = 100.0
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 class SamplingType(IntEnum):
@@ -69,9 +70,13 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     structural_tag: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """Which constraint it is: the name of the one of the first six fields that is set."""
+        return next(name for name in CONSTRAINTS if getattr(self, name) is not None)
+
     def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-        given = [name for name in kinds if getattr(self, name) is not None]
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ParameterError(
                 "You can only use one kind of structured outputs constraint but multiple are specified: "
@@ -81,12 +86,31 @@ class StructuredOutputsParams:
             )
         if not given:
             raise ParameterError(
-                f"You must use one kind of structured outputs constraint: one of {', '.join(kinds)}",
+                f"You must use one kind of structured outputs constraint: one of {', '.join(CONSTRAINTS)}",
                 "structured_outputs",
                 None,
             )
         if self.choice is not None and not (self.choice and all(isinstance(item, str) for item in self.choice)):
             raise ParameterError("choice must be a non-empty list of strings", "structured_outputs.choice", self.choice)
+        for name in ("regex", "grammar", "structural_tag", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ParameterError(f"{name} must be a non-empty string", f"structured_outputs.{name}", value)
+        if self.json is not None and (not isinstance(self.json, (str, dict)) or self.json == ""):
+            raise ParameterError("json must be a schema, as text or as a dict", "structured_outputs.json", self.json)
+
+
+@dataclass
+class GuidedDecodingParams(StructuredOutputsParams):
+    """`StructuredOutputsParams` under the name it once had, for ``SamplingParams(guided_decoding=...)``.
+
+    Attributes:
+        backend, backend_was_auto, disable_fallback: without effect, there is one backend.
+    """
+
+    backend: str | None = None
+    backend_was_auto: bool = False
+    disable_fallback: bool = False
 
 
 @dataclass
@@ -160,8 +184,9 @@ class SamplingParams:
         skip_reading_prefix_cache: compute the whole prompt afresh. None means: only if prompt_logprobs asks for it.
         trace_decode_token_ids: token ids to emit instead of sampled ones.
 
-    ``best_of``, ``guided_decoding`` and ``logits_processors`` are names of old versions: they raise an error that names
-    the remedy, except ``best_of`` equal to ``n``, which is the same as leaving it out.
+    ``best_of``, ``guided_decoding`` and ``logits_processors`` are names of old versions. ``guided_decoding`` is taken
+    for ``structured_outputs``, with a warning, and ``best_of`` if it is equal to ``n``; else they raise an error that
+    names the remedy.
 
     Raises:
         ParameterError: a value that breaks its rule, with the parameter's name and value.
@@ -208,11 +233,14 @@ class SamplingParams:
 
     def __post_init__(self, best_of: int | None, guided_decoding: Any, logits_processors: Any) -> None:
         if guided_decoding is not None:
-            raise ParameterError(
-                "guided_decoding has been replaced: use structured_outputs=StructuredOutputsParams(...)",
-                "guided_decoding",
-                guided_decoding,
-            )
+            if not isinstance(guided_decoding, StructuredOutputsParams) or self.structured_outputs is not None:
+                raise ParameterError(
+                    "guided_decoding has been replaced: use structured_outputs=StructuredOutputsParams(...)",
+                    "guided_decoding",
+                    guided_decoding,
+                )
+            logger.warning("guided_decoding is deprecated: use structured_outputs=StructuredOutputsParams(...).")
+            self.structured_outputs = guided_decoding
         if logits_processors:
             raise ParameterError(
                 "logits_processors per request are not supported: use logit_bias, bad_words, allowed_token_ids "

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 
+from nanovllm.config import StructuredOutputsConfig
 from nanovllm.engine.input import UNSUPPORTED_PARAMETERS, InputProcessor
 from nanovllm.errors import ModelError, ParameterError
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -29,7 +30,9 @@ def make_config(tokenizer, **model):
         "generation_defaults": {"temperature": 0.6, "top_k": 20},
         "max_logprobs": 20,
     }
-    return SimpleNamespace(model=SimpleNamespace(**{**defaults, **model}))
+    return SimpleNamespace(
+        model=SimpleNamespace(**{**defaults, **model}), structured_outputs=StructuredOutputsConfig()
+    )
 
 
 @pytest.fixture(scope="module")

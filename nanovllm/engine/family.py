@@ -45,6 +45,8 @@ def make_family(request_id: str, prompt: EngineInput, max_model_len: int, defaul
                 stop_token_ids=prompt.stop_token_ids,
                 eos_token_ids=prompt.eos_token_ids,
                 bad_words_ids=prompt.bad_words_ids,
+                guide=prompt.guide,
+                pooling=None if prompt.pooling is None else prompt.pooling.method,
                 seed=seed if index == 0 else derive_seed(seed, index),
                 cache_salt=prompt.cache_salt,
             )

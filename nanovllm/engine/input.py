@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.engine.plan import Pooling
+from nanovllm.engine.structured import GrammarCompiler, GuideBuilder, GuideSpec
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.errors import ParameterError
 from nanovllm.inputs import PromptType, TokensPrompt
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
 # Parameters that have no engine behind them yet. A feature is enabled by taking its name off this list.
 UNSUPPORTED_PARAMETERS = (
-    "structured_outputs",
-    "thinking_token_budget",
     "extra_args",
     "trace_decode_token_ids",
     "logprob_token_ids",
@@ -27,7 +27,7 @@ UNSUPPORTED_PARAMETERS = (
     "flat_logprobs",
 )
 
-PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
+PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt", "reasoning_ended"})
 
 
 @dataclass(slots=True)
@@ -42,6 +42,8 @@ class EngineInput:
         eos_token_ids: ids that end the output with no stop reason; empty if EOS is ignored.
         bad_words_ids: token sequences that may not be generated.
         cache_salt: prompts with different salts share no cached blocks.
+        guide: what the output must follow; ``params.structured_outputs`` has gone into it.
+        pooling: no output is wanted but a vector of the prompt.
     """
 
     prompt: str | None
@@ -51,6 +53,8 @@ class EngineInput:
     eos_token_ids: frozenset[int]
     bad_words_ids: tuple[tuple[int, ...], ...]
     cache_salt: str | None
+    guide: GuideSpec | None = None
+    pooling: Pooling | None = None
 
 
 class InputProcessor:
@@ -79,6 +83,7 @@ class InputProcessor:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
         self._eos_token_ids = frozenset(eos)
+        self.guides = GuideBuilder(config.structured_outputs, self.tokenizer, GrammarCompiler(model, self.tokenizer))
 
     def default_params(self) -> SamplingParams:
         """What a request without parameters is sampled with: the checkpoint's generation config."""
@@ -105,7 +110,7 @@ class InputProcessor:
         else:
             raise ParameterError("sampling_params must be SamplingParams", "sampling_params", type(params).__name__)
         self._refuse_unsupported(resolved)
-        text, token_ids, cache_salt = self._tokenize(prompt)
+        text, token_ids, cache_salt, reasoning_ended = self._tokenize(prompt)
         self._check_prompt(token_ids)
         self._resolve_max_tokens(resolved, len(token_ids))
         self._check_logprobs(resolved)
@@ -118,6 +123,8 @@ class InputProcessor:
         _check_something_allowed(resolved, stop_token_ids | eos_token_ids, bad_words_ids)
         if resolved.stop and self.tokenizer is None:
             raise ParameterError("stop strings need a tokenizer, and skip_tokenizer_init is set", "stop", resolved.stop)
+        guide = self.guides.build(resolved, token_ids, self._eos_token_ids, reasoning_ended)
+        resolved.structured_outputs = None
         return EngineInput(
             prompt=text,
             prompt_token_ids=token_ids,
@@ -126,6 +133,7 @@ class InputProcessor:
             eos_token_ids=eos_token_ids,
             bad_words_ids=bad_words_ids,
             cache_salt=cache_salt,
+            guide=guide,
         )
 
     def render_chat(
@@ -165,7 +173,13 @@ class InputProcessor:
         }
         text = self.tokenizer.apply_chat_template(messages, tools, tokenize=False, **options)
         assert isinstance(text, str)
-        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        prompt: TokensPrompt = {
+            "prompt": text,
+            "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False),
+        }
+        if self.guides.switched_off(variables):
+            prompt["reasoning_ended"] = True
+        return prompt
 
     # Steps of `process`
 
@@ -175,12 +189,12 @@ class InputProcessor:
             if value is not None and value is not False:
                 raise ParameterError(f"{name} is not supported by this version", name, value)
 
-    def _tokenize(self, prompt: PromptType) -> tuple[str | None, list[int], str | None]:
-        """(text, token ids, cache salt) of a prompt in any of its forms."""
+    def _tokenize(self, prompt: PromptType) -> tuple[str | None, list[int], str | None, bool]:
+        """(text, token ids, cache salt, whether reasoning is over) of a prompt in any of its forms."""
         if isinstance(prompt, str):
-            return prompt, self._encode(prompt), None
+            return prompt, self._encode(prompt), None, False
         if not isinstance(prompt, Mapping):
-            return None, _as_token_ids(prompt), None
+            return None, _as_token_ids(prompt), None, False
         given = {key: value for key, value in prompt.items() if value is not None}
         for key in given:
             if key not in PROMPT_KEYS:
@@ -190,11 +204,12 @@ class InputProcessor:
             raise ParameterError(f"prompt must be a string, got {type(text).__name__}", "prompt", text)
         if salt is not None and not (isinstance(salt, str) and salt):
             raise ParameterError("cache_salt must be a non-empty string", "cache_salt", salt)
+        ended = bool(given.get("reasoning_ended", False))
         if "prompt_token_ids" in given:
-            return text, _as_token_ids(given["prompt_token_ids"]), salt
+            return text, _as_token_ids(given["prompt_token_ids"]), salt, ended
         if text is None:
             raise ParameterError("a prompt dict needs 'prompt' or 'prompt_token_ids'", "prompt", sorted(given))
-        return text, self._encode(text), salt
+        return text, self._encode(text), salt, ended
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

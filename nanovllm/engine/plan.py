@@ -13,7 +13,23 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nanovllm.engine.request import Request
+    from nanovllm.engine.structured import GuideSpec
     from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How a vector is made of a prompt's hidden states.
+
+    Attributes:
+        method: "last" takes the last token's, "mean" the mean of all.
+        normalize: scale the vector to length 1.
+        dimensions: keep the first so many; None keeps all.
+    """
+
+    method: str
+    normalize: bool = True
+    dimensions: int | None = None
 
 
 @dataclass(slots=True)
@@ -31,6 +47,9 @@ class RowStart:
     seed: int  # 64 bits; with a token's position it determines every random draw of the request
     stop_token_ids: tuple[int, ...]  # EOS and stop ids: masked until min_tokens are out
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    guide: GuideSpec | None = None  # what the tokens from position guided_from on must follow
+    guided_from: int = 0
+    pooling: str | None = None  # "last" | "mean": no tokens are wanted but one vector of the prompt
 
 
 @dataclass(slots=True)
@@ -50,6 +69,7 @@ class StepPlan:
     num_computed: list[int] = field(default_factory=list)
     num_new: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)  # indexes into rows, ascending
+    pooled: list[int] = field(default_factory=list)  # indexes into rows whose prompt ends here and is pooled
     num_tokens: int = 0  # sum of num_new
 
     # The scheduler's own half: never sent to a rank.
@@ -77,6 +97,11 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     # index into plan.rows -> logprobs of prompt tokens num_computed+1 .. ; only requests that asked
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    # indexes into plan.sampled: the output is complete with this token, whatever stop rules say; ...
+    complete: list[int] = field(default_factory=list)
+    # ... it has no valid token, and why
+    failed: dict[int, str] = field(default_factory=dict)
+    pooled: list[np.ndarray[Any, Any]] = field(default_factory=list)  # one per entry of plan.pooled, float32 [hidden]
 
 
 @dataclass(slots=True)
@@ -90,3 +115,4 @@ class EngineOutput:
     logprobs: list[TokenLogprobs] | None = None  # aligned with new_token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # the next prompt positions, in order (first of all: position 1)
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    pooled: np.ndarray[Any, Any] | None = None  # float32 [hidden]: all that a pooling request is after

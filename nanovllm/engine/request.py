@@ -10,6 +10,7 @@ from nanovllm.engine.block_pool import hash_block
 
 if TYPE_CHECKING:
     from nanovllm.engine.plan import TokenLogprobs
+    from nanovllm.engine.structured import GuideSpec
     from nanovllm.sampling_params import SamplingParams
 
 
@@ -45,6 +46,8 @@ class Request:
         "finish_reason",
         "fork_of",
         "forks",
+        "guide",
+        "guided_from",
         "held",
         "key",
         "max_total",
@@ -60,6 +63,7 @@ class Request:
         "num_registered",
         "num_stale",
         "params",
+        "pooling",
         "queued_ts",
         "request_id",
         "row",
@@ -80,6 +84,9 @@ class Request:
         stop_token_ids: frozenset[int] = frozenset(),
         eos_token_ids: frozenset[int] = frozenset(),
         bad_words_ids: tuple[tuple[int, ...], ...] = (),
+        guide: GuideSpec | None = None,
+        guided_from: int | None = None,
+        pooling: str | None = None,
         seed: int = 0,
         cache_salt: str | None = None,
         fork_of: Request | None = None,
@@ -87,6 +94,9 @@ class Request:
     ) -> None:
         """
         Args:
+            guide: what the output must follow.
+            guided_from: position of its first token; None: the end of the prompt.
+            pooling: "last" or "mean": the request wants one vector of its prompt, and generates nothing.
             seed: 64 bits that, with a token's position, determine every random draw.
             cache_salt: only requests of the same salt share cached prefixes.
             fork_of: a request whose tokens begin with all tokens of this one but the last; its blocks are shared.
@@ -101,6 +111,9 @@ class Request:
         self.stop_token_ids = stop_token_ids
         self.eos_token_ids = eos_token_ids
         self.bad_words_ids = bad_words_ids
+        self.guide = guide
+        self.guided_from = self.num_prompt_tokens if guided_from is None else guided_from
+        self.pooling = pooling
         limit = max_model_len if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
         self.max_total = min(limit, max_model_len)
         self.min_total = self.num_prompt_tokens + params.min_tokens

@@ -15,6 +15,9 @@ import heapq
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
+from typing import Any
+
+import numpy as np
 
 from nanovllm.config import SchedulerConfig
 from nanovllm.engine.block_pool import BlockPool
@@ -23,6 +26,8 @@ from nanovllm.engine.plan import EngineOutput, RowStart, StepPlan, StepResult
 from nanovllm.engine.repetition import ends_in_repetition
 from nanovllm.engine.request import Request, RequestStatus
 from nanovllm.errors import ParameterError
+
+Array = np.ndarray[Any, Any]
 
 _key = attrgetter("key")
 
@@ -192,6 +197,9 @@ class Scheduler:
                     seed=request.seed,
                     stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
                     bad_words_ids=request.bad_words_ids,
+                    guide=request.guide,
+                    guided_from=request.guided_from,
+                    pooling=request.pooling,
                 )
             )
             budget -= count
@@ -211,6 +219,9 @@ class Scheduler:
             request.num_computed += count
             request.num_in_flight += 1
             if request.num_computed == len(request.token_ids) + request.num_pending:
+                if request.pooling is not None:
+                    plan.pooled.append(index)
+                    continue
                 request.num_pending += 1
                 sampled.append(index)
                 if request.forks:  # the next plan runs after this one, when the prompt is in the cache
@@ -261,6 +272,7 @@ class Scheduler:
         block_size = self.kv.block_size
         any_finished = False
         sampled = dict(zip(plan.sampled, range(len(plan.sampled)), strict=True))
+        pooled = dict(zip(plan.pooled, range(len(plan.pooled)), strict=True))
         for index, request in enumerate(plan.requests):
             request.num_in_flight -= 1
             sample = sampled.get(index, -1)
@@ -282,6 +294,14 @@ class Scheduler:
             if sample < 0:
                 if prompt_logprobs:
                     outputs.append(EngineOutput(request.request_id, [], prompt_logprobs=prompt_logprobs))
+                if index in pooled:
+                    outputs.append(self._pool(request, result.pooled[pooled[index]]))
+                    any_finished = True
+                continue
+            if sample in result.failed:
+                self._finish(request, "error")
+                outputs.append(EngineOutput(request.request_id, [], "error", result.failed[sample]))
+                any_finished = True
                 continue
             token = result.token_ids[sample]
             request.token_ids.append(token)
@@ -289,7 +309,10 @@ class Scheduler:
             if sample in result.logprobs:
                 output.logprobs = [result.logprobs[sample]]
             output.prompt_logprobs = prompt_logprobs
-            self._check_stop(request, token, output)
+            if sample in result.complete:
+                output.finish_reason = "stop"
+            else:
+                self._check_stop(request, token, output)
             if output.finish_reason is not None:
                 self._finish(request, output.finish_reason)
                 any_finished = True
@@ -297,6 +320,11 @@ class Scheduler:
         if any_finished:
             self._drop_finished()
         return outputs
+
+    def _pool(self, request: Request, vector: Array) -> EngineOutput:
+        """A pooling request has what it came for."""
+        self._finish(request, "stop")
+        return EngineOutput(request.request_id, [], "stop", num_cached_tokens=request.num_cached_tokens, pooled=vector)
 
     def fail(self, plans: Iterable[StepPlan], message: str) -> list[EngineOutput]:
         """A step raised: it and the plans made on top of it are void. Their requests end with an error."""

@@ -33,6 +33,7 @@ class InProcessExecutor:
     Attributes:
         num_blocks: blocks of the KV cache, the padding block included.
         kv_bytes_per_block, kv_cache_bytes: sizes in bytes, K and V of all layers.
+        grammars: compiles grammars for the model's tokens.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -40,6 +41,7 @@ class InProcessExecutor:
         self.num_blocks = runner.num_blocks
         self.kv_bytes_per_block = runner.kv_bytes_per_block
         self.kv_cache_bytes = runner.num_blocks * runner.kv_bytes_per_block
+        self.grammars = runner.guidance.compiler
         self._runner: ModelRunner | None = runner
 
     def submit(self, plan: StepPlan) -> PendingStep | FailedStep:

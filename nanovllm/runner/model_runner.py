@@ -13,6 +13,7 @@ from nanovllm.models import build_model, load_weights
 from nanovllm.ops import operator_table
 from nanovllm.parallel import ParallelContext
 from nanovllm.platforms import get_platform
+from nanovllm.runner.guidance import Guidance, apply_limits
 from nanovllm.runner.input_batch import InputBatch, StepInput
 from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
 from nanovllm.runner.logprobs import gather_logprobs
@@ -20,6 +21,7 @@ from nanovllm.runner.sampler import Sampler
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
+    from nanovllm.engine.structured import Limits
 
 # Prompt positions whose logits exist at a time: [PROMPT_ROWS, vocab] float32 is 39 MB for a vocabulary of 152k.
 PROMPT_ROWS = 64
@@ -32,10 +34,14 @@ class PendingStep:
     token_ids: Tensor  # int64 [S]
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    limits: Limits | None = None  # on the tokens
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
-        return StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs)
+        result = StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs)
+        if self.limits is not None:
+            result.complete, result.failed = self.limits.complete, self.limits.judge(result.token_ids)
+        return result
 
 
 class ModelRunner:
@@ -77,12 +83,14 @@ class ModelRunner:
 
         self.batch = InputBatch(max_rows, block_size, self.device)
         self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode)
+        self.guidance = Guidance(model)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # row -> (number of likeliest, prompt length)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step. Steps run in the order of their launch; a step that raises leaves the runner usable."""
         self._apply(plan)
+        guidance = self.guidance.begin(plan)
         inputs = self.batch.prepare(plan)
         hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.meta)
         # Prompt first: its logits are gone before those of the sampled rows come.
@@ -91,11 +99,15 @@ class ModelRunner:
             return PendingStep(torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
         if inputs.sampled_tokens is not None:
             hidden = hidden.index_select(0, inputs.sampled_tokens)
-        token_ids, logprobs = self.sampler.sample(
-            self.model.compute_logits(hidden), inputs.sampled_rows, inputs.sampled_positions, self.batch.tokens
-        )
-        self.batch.append(inputs.sampled_rows, inputs.sampled_positions, token_ids)
-        return PendingStep(token_ids, logprobs, prompt_logprobs)
+        logits = self.model.compute_logits(hidden)
+        limits = None if guidance is None else guidance.limits.result()
+        forced = None if limits is None else apply_limits(logits, limits)
+        rows, positions = inputs.sampled_rows, inputs.sampled_positions
+        token_ids, logprobs = self.sampler.sample(logits, rows, positions, self.batch.tokens, forced)
+        self.batch.append(rows, positions, token_ids)
+        if guidance is not None:
+            self.guidance.end(guidance, token_ids)
+        return PendingStep(token_ids, logprobs, prompt_logprobs, limits)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""
@@ -106,6 +118,7 @@ class ModelRunner:
         for start in plan.starts:
             self.batch.start(start.row, start.token_ids)
             self.sampler.start(start)
+            self.guidance.start(start)
             self._prompt_logprobs.pop(start.row, None)
             if (asked := start.params.prompt_logprobs) is not None:
                 count = self.model.vocab_size if asked == -1 else min(asked, self.model.vocab_size)

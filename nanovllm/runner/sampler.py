@@ -36,7 +36,7 @@ class Sampler:
         self.state.start(start)
 
     def sample(
-        self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor
+        self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, forced: Tensor | None = None
     ) -> tuple[Tensor, dict[int, TokenLogprobs]]:
         """Choose one token per row.
 
@@ -45,6 +45,7 @@ class Sampler:
             rows: int64 [S], whose parameters apply.
             positions: int64 [S], where the chosen token will stand.
             tokens: the token table [max_rows, width]; row r holds the tokens before the position.
+            forced: int64, flat indices of the only logits of their rows that are not -inf: no rule changes that.
 
         Returns:
             Token ids int64 [S], and the log-probabilities of the rows that asked, by index into S. A row without a
@@ -57,6 +58,8 @@ class Sampler:
             scores = logits.index_select(0, to_device(wanted, logits.device))
         if (features & ~LOGPROBS).any():
             apply_logit_rules(logits, self.state, rows, positions, tokens)
+        if forced is not None:
+            logits.view(-1).index_fill_(0, forced, 0.0)
         if len(wanted) and self._processed:
             scores = self._process(logits.index_select(0, to_device(wanted, logits.device)), rows[wanted])
         chosen = self._choose(logits, rows, positions)

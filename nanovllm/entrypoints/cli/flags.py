@@ -38,6 +38,8 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "logprobs_mode": "what stands for a log-probability: before or after sampling parameters, normalised or not",
         "enforce_eager": "never capture graphs",
         "attention_backend": "which attention to use; by default the device's own",
+        "reasoning_parser": "how the model writes reasoning; constraints begin behind it",
+        "structured_outputs_config": "JSON object: disable_any_whitespace, disable_additional_properties, ...",
     },
     "tokenizer": {
         "tokenizer": "folder or hub id of the tokenizer, if not the model's",
@@ -99,6 +101,7 @@ METAVARS: dict[str, str] = {
     "device": "{auto,cpu,cuda}",
     "download_dir": "FOLDER",
     "load_format": "{auto,safetensors,dummy}",
+    "reasoning_parser": "{qwen3,deepseek_r1}",
     "logprobs_mode": "{raw_logprobs,processed_logprobs,raw_logits,processed_logits}",
     "tokenizer_mode": "{auto,hf,slow}",
     "chat_template": "FILE",
