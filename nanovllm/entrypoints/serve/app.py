@@ -14,6 +14,7 @@ from nanovllm.entrypoints.serve import chat_completions, completions, models, sy
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import add_handlers
+from nanovllm.entrypoints.serve.metrics import add_metrics
 from nanovllm.entrypoints.serve.middleware import CatchFaults, CountLoad, LimitBody, RequestIds, RequireKey
 from nanovllm.errors import ParameterError
 
@@ -39,7 +40,9 @@ def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
         redoc_url="/redoc" if docs else None,
         openapi_url="/openapi.json" if docs else None,
     )
-    app.state.context = ServeContext(engine, args)
+    context = app.state.context = ServeContext(engine, args)
+    if hasattr(engine, "observers"):
+        add_metrics(app, engine, context.model_names[0])
     for router in ROUTERS:
         app.include_router(router)
     add_handlers(app)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
@@ -212,3 +213,8 @@ def _marks_are_special(context: ServeContext) -> bool:
     if not name:
         return False
     return context.token_id(REASONING_PARSERS[name].end) in context.tokenizer.all_special_ids
+
+
+def make_call_id() -> str:
+    """An id for a tool call."""
+    return f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"

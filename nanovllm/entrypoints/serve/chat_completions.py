@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from nanovllm.entrypoints.serve.answers import count_reasoning, make_call_id
 from nanovllm.entrypoints.serve.beam import beam_outputs
-from nanovllm.entrypoints.serve.chat import ChatTurn, prepare_chat
+from nanovllm.entrypoints.serve.chat import ChatTurn, make_call_id, prepare_chat
 from nanovllm.entrypoints.serve.chat_stream import ChatStream
 from nanovllm.entrypoints.serve.context import FINGERPRINT, get_context, make_request_id
 from nanovllm.entrypoints.serve.generation import Usage, final_outputs
 from nanovllm.entrypoints.serve.logprobs import chat_logprobs, prompt_logprobs
 from nanovllm.entrypoints.serve.protocol.chat import ChatCompletionRequest
 from nanovllm.entrypoints.serve.protocol.errors import RESPONSES
+from nanovllm.entrypoints.serve.reasoning import count_reasoning
 from nanovllm.entrypoints.serve.sse import EventStream, answer_unless_gone, json_bytes
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.parsers import Answer

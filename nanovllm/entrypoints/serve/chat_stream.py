@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.entrypoints.serve.answers import count_reasoning, make_call_id
-from nanovllm.entrypoints.serve.chat import ChatTurn
+from nanovllm.entrypoints.serve.chat import ChatTurn, make_call_id
 from nanovllm.entrypoints.serve.context import FINGERPRINT
 from nanovllm.entrypoints.serve.generation import Usage
 from nanovllm.entrypoints.serve.logprobs import chat_logprobs
+from nanovllm.entrypoints.serve.reasoning import count_reasoning
 from nanovllm.entrypoints.serve.sse import DONE, event, json_bytes, json_text
 from nanovllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from nanovllm.parsers import AnswerParser, Content, Event, Reasoning, ToolCallArguments, ToolCallStart
