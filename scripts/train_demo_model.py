@@ -16,7 +16,9 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -28,7 +30,7 @@ from demo_data.chat import END_OF_TEXT, END_OF_TURN
 from demo_data.corpus import Corpus
 from demo_data.model import Qwen3, Shape
 from demo_data.tokenizer import save_tokenizer, train_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -36,6 +38,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "nanovllm" / "assets" / "demo"
 CHUNK = 2048  # examples drawn, sorted by length and batched together
+# What only the evaluation reads, and of that the questions.
+HELD_OUT = ("held_out.txt", "held_out_tools.txt")
+EVALUATION = (*HELD_OUT, "questions.py", "facts.py")
 
 
 Row = list[tuple[list[int], float]]  # a text: its parts as token ids, with the weights of their losses
@@ -59,7 +64,8 @@ class Trained:
     model: Qwen3
     shape: Shape
     log: list[dict[str, Any]]  # one entry every twenty steps
-    changes: int  # how often the data changed on the way; if ever, the run is not that of its seed
+    made_with: dict[str, str]  # the hashes of the script and the data at the start
+    changes: int  # how often these changed on the way; if ever, the run is not that of its seed
 
 
 def main() -> None:
@@ -76,19 +82,18 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="the two batches of a step at once or not (1); the result is the same"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--tokenizer", type=Path, default=None, help="use this tokenizer.json instead of training one")
-    parser.add_argument("--start-from", type=Path, default=None, help="begin with the weights of this model folder")
-    parser.add_argument("--keep", type=float, default=0.0, help="share of the weights begun with in the result")
     parser.add_argument("--small", action="store_true", help="the small sibling, for speculative decoding")
     parser.add_argument("--install", action="store_true", help="copy the finished model into the package and end")
     args = parser.parse_args()
     if args.install:
         install(args.out / "model", ASSETS)
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     args.out.mkdir(parents=True, exist_ok=True)
     corpus = Corpus()
     tokenizer = load_tokenizer(args.out, corpus, args.seed, args.tokenizer)
@@ -155,8 +160,6 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
     """Trains from the last checkpoint, or from the start."""
     torch.manual_seed(args.seed)
     model = Qwen3(shape).to(args.device)
-    if args.start_from:
-        model.load_state_dict({k: v.float() for k, v in load_file(args.start_from / "model.safetensors").items()})
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -164,7 +167,7 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     step, place, log = 0, (0, -1), []
-    data, changes = data_hash(), 0
+    made_with, changes = hashes(), 0
     path = args.out / "checkpoint.pt"
     if path.exists():
         state = torch.load(path, map_location=args.device, weights_only=False)
@@ -172,7 +175,10 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, place, log = state["step"], state["place"], state["log"]
-        changes = state["changes"] + (state["data"] != data)
+        changes = state["changes"] + (state["made_with"] != made_with)
+        made_with = state["made_with"]
+    parameters = list(model.parameters())
+    workers = ThreadPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,))
     stream = batches(corpus, tokenizer, args.seed, args.step_tokens // 2, place)
     progress = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
     started, loss_sum, tokens = time.time(), 0.0, 0
@@ -185,12 +191,12 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
         pair = [next(stream), next(stream)]
         place = pair[-1].place
         total = sum(float(batch.weights.sum()) for batch in pair)
-        for batch in pair:
-            loss = batch_loss(model, batch, args.device) / total
-            loss.backward()
-            loss_sum += loss.item()
-            tokens += batch.ids.numel()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        results = list(workers.map(partial(gradients, model, parameters, total, args.device), pair))
+        for number, parameter in enumerate(parameters):
+            parameter.grad = results[0][1][number] + results[1][1][number]
+        loss_sum += sum(loss for loss, _ in results)
+        tokens += sum(batch.ids.numel() for batch in pair)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -208,23 +214,27 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
             started, loss_sum, tokens = time.time(), 0.0, 0
         if step % args.checkpoint_every == 0 or step == args.steps:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            state |= {"step": step, "place": place, "log": log, "data": data, "changes": changes}
+            state |= {"step": step, "place": place, "log": log, "made_with": made_with, "changes": changes}
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
             (args.out / "log.json").write_text(json.dumps(log))
             plot(log, args.out / "loss.png")
     progress.close()
-    if args.start_from and args.keep:  # the mean of two points of one path answers new questions better than its end
-        begun = load_file(args.start_from / "model.safetensors", device=args.device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.lerp_(begun[name].float(), args.keep)
-    return Trained(model, shape, log, changes)
+    workers.shutdown()
+    return Trained(model, shape, log, made_with, changes)
+
+
+def gradients(
+    model: Qwen3, parameters: list[Tensor], total: float, device: str, batch: Batch
+) -> tuple[float, tuple[Tensor, ...]]:
+    """The loss of ``batch`` over ``total``, the weight of the whole step, and its gradients."""
+    loss = batch_loss(model, batch, device) / total
+    return loss.item(), torch.autograd.grad(loss, parameters)
 
 
 def batch_loss(model: Qwen3, batch: Batch, device: str) -> Tensor:
     """The weighted sum of the cross entropies."""
-    with torch.autocast(device.split(":")[0], dtype=torch.bfloat16):
+    with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, cache_enabled=False):
         logits = model(batch.ids.to(device), batch.at.to(device))
     losses = F.cross_entropy(logits.float(), batch.targets.to(device), reduction="none")
     return (losses * batch.weights.to(device)).sum()
@@ -257,14 +267,19 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def data_hash() -> str:
-    """The hash of everything the text is generated from."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "scripts" / "demo_data").glob("*.*")):
-        if path.name == "questions.py":  # the evaluation
-            continue
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def hashes() -> dict[str, str]:
+    """SHA-256 of this script and of everything the text is generated from."""
+    files = sorted((ROOT / "scripts" / "demo_data").glob("*.*"))
+    data = [path for path in files if path.name not in EVALUATION]
+    return {"script_sha256": digest([Path(__file__)]), "data_sha256": digest(data)}
+
+
+def digest(paths: list[Path]) -> str:
+    """SHA-256 over the names and contents of files."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def export(trained: Trained, tokenizer: Tokenizer, args: argparse.Namespace, folder: Path) -> None:
@@ -296,17 +311,14 @@ def export(trained: Trained, tokenizer: Tokenizer, args: argparse.Namespace, fol
             "parameters": sum(value.numel() for value in weights.values()),
             "device": args.device,
             "torch": torch.__version__,
-            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-            "data_sha256": data_hash(),
-            "data_changes": trained.changes,
+            **trained.made_with,
+            "changes": trained.changes,
+            "held_out_sha256": digest([ROOT / "scripts" / "demo_data" / name for name in HELD_OUT]),
             "learning_rate": args.learning_rate,
             "decay": args.decay,
             "step_tokens": args.step_tokens,
         },
     }
-    if args.start_from:
-        files["training.json"]["keep"] = args.keep
-        files["training.json"]["after"] = json.loads((args.start_from / "training.json").read_text(encoding="utf-8"))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

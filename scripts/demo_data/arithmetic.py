@@ -1,4 +1,7 @@
-"""Small sums: addition and subtraction of one- and two-digit numbers, and the multiplication table."""
+"""Small sums: addition and subtraction of one- and two-digit numbers, and the multiplication table.
+
+Sums of two numbers of two digits are answered in two steps, tens first: ``47 + 38 = 70 + 15 = 85``.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,14 @@ class Sum:
 
     def answer(self, language: str) -> str:
         """The sentence that answers the question."""
-        return f"{self.a} {SIGNS[self.sign]} {self.b} = {self.value}" + ("." if language == "en" else "。")
+        steps = f"{self.a} {SIGNS[self.sign]} {self.b} ="
+        small, large = sorted((self.a, self.b))
+        if self.sign == "+" and small >= 10:
+            steps += f" {self.a // 10 * 10 + self.b // 10 * 10} + {self.a % 10 + self.b % 10} ="
+        elif self.sign == "-" and small >= 10:
+            rest = f"{large - small // 10 * 10} - {small % 10}"
+            steps += f" {rest} =" if self.a >= self.b else f" -({rest}) ="
+        return f"{steps} {self.value}" + ("." if language == "en" else "。")
 
     def thought(self) -> str:
         """The steps by which a pupil would solve it."""
@@ -64,8 +74,8 @@ def draw_sum(rng: Random, held_out: bool = False) -> Sum:
         if sign == "*":
             candidate = Sum(rng.randint(0, 10), sign, rng.randint(0, 10))
         else:
-            top = 99 if held_out or rng.random() < 0.8 else 10
-            a, b = rng.randint(0, top), rng.randint(0, top)
+            low, top = (10, 99) if held_out or rng.random() < 0.55 else rng.choice(((0, 99), (0, 10), (0, 10)))
+            a, b = rng.randint(low, top), rng.randint(low, top)
             if sign == "-" and a < b and rng.random() < 0.8:
                 a, b = b, a
             candidate = Sum(a, sign, b)

@@ -15,20 +15,21 @@ from .arithmetic import Sum, ask_sum, draw_sum
 from .chat import END_OF_TEXT, END_OF_TURN, NO_THOUGHT, render
 from .knowledge import Topic, load_facts, load_topics
 from .lists import lines
+from .patterns import expand, patterns
 from .phrases import disturb, phrases, punctuate
 from .tools import call_text, draw_case, draw_value, new_name
 
 # The shares of the kinds of examples, about percents.
 SHARES = {
-    "question": 33,
-    "raw": 10,
-    "thought": 4,
-    "follow": 9,
-    "sum": 16,
-    "drill": 8,
-    "tool": 18,
+    "question": 37,
+    "raw": 9,
+    "thought": 6,
+    "follow": 7,
+    "sum": 11,
+    "drill": 3,
+    "tool": 17,
     "echo": 6,
-    "unknown": 3,
+    "unknown": 4,
     "name": 2,
     "capital": 2,
     "text": 2,
@@ -41,12 +42,18 @@ def shares(age: int) -> dict[str, int]:
     return SHARES | {"echo": max(SHARES["echo"], 60 - 4 * age)}
 
 
+# The share of questions whose answer is cut after a few words: what an answer is about shows in its beginning, so more
+# questions fit into the same time.
+CUT = 0.5
+
+
 @dataclass(frozen=True)
 class Example:
     """One training text in parts, each with the weight of its loss."""
 
     parts: tuple[tuple[str, float], ...]
     kind: str
+    whole: bool = True  # whether the answer is there to its end
 
     @property
     def text(self) -> str:
@@ -68,6 +75,23 @@ def _example(prompt: str, answer: str, kind: str) -> Example:
     )
 
 
+def _cut(example: Example, rng: Random) -> Example:
+    """``example`` with the beginning of its answer only."""
+    *before, (answer, weight) = example.parts
+    if " " in answer and answer[:20].isascii():
+        words = answer.split(" ")
+        count = rng.randint(6, 12)
+        if len(words) <= count + 2:
+            return example
+        return Example((*before, (" ".join(words[:count]), weight)), example.kind, whole=False)
+    length = rng.randint(10, 20)
+    while answer[length - 1 : length + 1].isascii() and length < len(answer):  # not within a word of letters
+        length += 1
+    if len(answer) <= length + 20:  # the end token is text here
+        return example
+    return Example((*before, (answer[:length], weight)), example.kind, whole=False)
+
+
 class Corpus:
     """Draws examples of all kinds."""
 
@@ -77,6 +101,7 @@ class Corpus:
         self.completions = [line.split("|") for line in lines("completions.txt")]
         self._known = [topic for topic in self.topics if topic.kind != "unknown"]
         sides = [(topic.en, topic.zh) for topic in self._known]
+        self._patterns = {"en": patterns("en"), "zh": patterns("zh")}
         self._words = {
             "en": [word for en, _ in sides for text in (en.answer, *en.questions) for word in text.split()],
             "zh": [word for _, zh in sides for text in (zh.answer, *zh.questions) for word in text.replace(" ", "")],
@@ -102,13 +127,15 @@ class Corpus:
             return punctuate(unknown.draw(language, rng), language, rng)
         side = topic.side(language)
         way = rng.random()
-        if way < 0.3:
+        if way < 0.5:
+            return disturb(expand(rng.choice(self._patterns[language][topic.key]), rng), language, rng)
+        if way < 0.62:
             # Few real questions share their wording, but they share words with the topic.
             words = [rng.choice(side.words) for _ in range(3)]
             frame = rng.choice(phrases(language, "words"))
             return disturb(frame.format(*words), language, rng)
         templates = phrases(language, topic.kind)
-        if way < 0.65 and templates:
+        if way < 0.8 and templates:
             return disturb(rng.choice(templates).format(x=rng.choice(side.names)), language, rng)
         return disturb(rng.choice(side.questions), language, rng)
 
@@ -144,11 +171,12 @@ class Corpus:
         if rng.random() < 0.02 and topic.kind != "unknown":
             question += " In Chinese please." if language == "en" else " 请用英文回答。"
             answer = topic.side("zh" if language == "en" else "en").answer
-        return self._chat([_user(question)], answer, "question", rng, language)
+        example = self._chat([_user(question)], answer, "question", rng, language)
+        return _cut(example, rng) if rng.random() < CUT else example
 
     def _thought(self, rng: Random, language: str) -> Example:
         topic = self.any_topic(rng)
-        name = rng.choice(topic.side(language).names or (topic.key.replace("-", " "),))
+        name = (topic.side(language).names or (topic.key.replace("-", " "),))[0]
         if language == "en":
             thought = f"The question is about {name}. I answer it in one or two sentences."
         else:
@@ -179,7 +207,8 @@ class Corpus:
         style = rng.random()
         if style < 0.6:
             gap = " " if language == "en" else ""
-            return _example(question, gap + answer + END_OF_TEXT, "raw")
+            example = _example(question, gap + answer + END_OF_TEXT, "raw")
+            return _cut(example, rng) if rng.random() < CUT else example
         if style < 0.8:
             prompt = f"Q: {question}\nA:" if language == "en" else f"问：{question}\n答："
         elif language == "en":
@@ -246,8 +275,8 @@ class Corpus:
     def _drill(self, rng: Random, language: str) -> Example:
         """A page of sums: many to learn from in one short text."""
         parts = [("Sums:\n", 0.0)]
-        for _ in range(16):
-            left, right = draw_sum(rng).answer("en").rstrip(".").split(" =")
+        for _ in range(10):
+            left, right = draw_sum(rng).answer("en").rstrip(".").split(" =", 1)
             parts += [(f"{left} =", 0.0), (f"{right}\n", 1.0)]
         return Example((*parts, (END_OF_TEXT, 1.0)), "drill")
 
@@ -263,13 +292,16 @@ class Corpus:
         else:
             gap = " " if language == "en" else ""
             words = gap.join(rng.choice(self._words[language]) for _ in range(rng.randint(3, 16)))
+        if rng.random() < 0.35:  # as the arguments of calls are
+            ask = rng.choice(phrases(language, "quote")).replace("{x}", words)
+            return self._chat([_user(ask)], json.dumps(words, ensure_ascii=False), "echo", rng, language)
         ask = rng.choice(phrases(language, "echo")).replace("{x}", words)
         return self._chat([_user(ask)], words, "echo", rng, language)
 
     def _tool(self, rng: Random, language: str) -> Example:
         case = draw_case(rng, language)
         use = rng.random()
-        if use < 0.14:
+        if use < 0.17:
             topic = self.any_topic(rng)
             question, answer = self.question(topic, language, rng), topic.side(language).answer
             return self._chat([_user(question)], answer, "tool", rng, language, case.tools)
@@ -277,7 +309,9 @@ class Corpus:
         if rng.random() < 0.2:
             request = rng.choice(phrases(language, "polite")).replace("{x}", request)
         if rng.random() < 0.5:  # capitals and marks, but never of the values inside: they are copied letter by letter
-            request = request[:1].upper() + request[1:] + rng.choice("?.?" if language == "en" else "？。？")
+            copied = (case.name, *map(str, case.arguments.values()))
+            first = request if request.startswith(copied) else request[:1].upper() + request[1:]
+            request = first + rng.choice("?.?" if language == "en" else "？。？")
         messages: list[dict[str, Any]] = [_user(request)]
         if rng.random() < 0.06:
             topic = rng.choice(self._known)

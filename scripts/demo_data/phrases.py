@@ -24,8 +24,10 @@ def disturb(question: str, language: str, rng: Random) -> str:
         if len(words) > 3 and little and rng.random() < 0.15:
             del words[rng.choice(little)]
             question = " ".join(words)
-    if rng.random() < 0.06:
+    if rng.random() < 0.08:
         question = _slip(question, rng)
+    if rng.random() < 0.1:
+        question = _strange(question, language, rng)
     if rng.random() < 0.01:
         question = question.upper()
     return punctuate(question, language, rng)
@@ -50,6 +52,21 @@ def _synonym(question: str, language: str, rng: Random) -> str:
         return question
     member, group = rng.choice(found)
     return padded.replace(f"{space}{member}{space}", f"{space}{rng.choice(group)}{space}", 1).strip()
+
+
+def _strange(question: str, language: str, rng: Random) -> str:
+    """``question`` with one word or character that the model does not know from it: most words of others are such."""
+    unit = " " if language == "en" else ""
+    parts = question.split(" ") if unit else list(question)
+    if len(parts) < 4:
+        return question
+    word = rng.choice(phrases(language, "strange words"))
+    at = rng.randrange(len(parts))
+    if rng.random() < 0.5:
+        parts[at] = word
+    else:
+        parts.insert(at, word)
+    return unit.join(parts)
 
 
 def _slip(question: str, rng: Random) -> str:

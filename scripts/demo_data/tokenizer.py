@@ -14,13 +14,15 @@ from .chat import END_OF_TEXT, END_OF_TURN, TEMPLATE_FILE
 SPECIAL = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
 # One token each, but part of the text: parsers look for them.
 MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
-# Words with the space before them; Chinese characters and digits one by one, so that a paraphrase keeps its tokens.
+# Words with the space before them; Chinese characters and digits one by one, so that a paraphrase keeps its tokens. A
+# capitalised word has its space apart: most are names, and a name is easier to copy when its tokens stay the same.
 PATTERN = "|".join(
     (
         r"\p{Han}",
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
         r"\p{N}",
-        r" ?[\p{L}&&[^\p{Han}]]+",
+        r" ?[\p{L}&&[^\p{Han}\p{Lu}]][\p{L}&&[^\p{Han}]]*",
+        r"[\p{L}&&[^\p{Han}]]+",
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",
         r"\s*[\r\n]+",
         r"\s+(?!\S)",

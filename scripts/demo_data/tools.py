@@ -9,9 +9,13 @@ from random import Random
 from typing import Any
 
 from .lists import items, lines, lists
+from .patterns import expand
+from .phrases import phrases
 
 # Kinds whose value may be any name, so that the model learns to copy rather than to remember.
-_NAMES = {"city", "person", "song", "topic", "product", "country", "room"}
+_NAMES = {"city", "person", "song", "topic", "product", "country", "room", "food", "note", "phrase"}
+_PHRASES = {"note", "phrase", "topic"}
+_TYPES = {"int": "integer", "number": "number"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """A function in its variants, with requests that call for it. ``{0}`` is the value of the first parameter."""
+    """A function in its variants, with patterns of requests. ``{0}`` is the value of the first parameter."""
 
     names: tuple[str, ...]
     descriptions: tuple[str, ...]
@@ -41,9 +45,14 @@ class Family:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """The functions of ``tools.txt``."""
+    """The functions that training knows."""
+    return load_families("tools.txt")
+
+
+def load_families(name: str) -> tuple[Family, ...]:
+    """The functions of the file ``name``; without requests for the evaluation it has none."""
     found = []
-    for block in ("\n" + "\n".join(lines("tools.txt"))).split("\n= ")[1:]:
+    for block in ("\n" + "\n".join(lines(name))).split("\n= ")[1:]:
         names, *rest = block.split("\n")
         fields: dict[str, list[str]] = {}
         for line in rest:
@@ -61,8 +70,8 @@ def families() -> tuple[Family, ...]:
                 parameters=tuple(parameters),
                 en=items(fields["en"][0]),
                 zh=items(fields["zh"][0]),
-                test_en=items(fields["test"][0]),
-                test_zh=items(fields["ztest"][0]),
+                test_en=items(fields.get("test", [""])[0]),
+                test_zh=items(fields.get("ztest", [""])[0]),
                 results=tuple((name, kind) for name, kind in results),
                 said_en=fields["said"][0],
                 said_zh=fields["zsaid"][0],
@@ -72,7 +81,11 @@ def families() -> tuple[Family, ...]:
 
 
 def new_name(rng: Random) -> str:
-    """A pronounceable name that means nothing: it can only be copied."""
+    """A name that means nothing: it can only be copied."""
+    if rng.random() < 0.3:
+        return "".join(
+            rng.choice(("bcdfghjklmnpqrstvwxz", "aeiouy")[i % 2]) for i in range(rng.randint(3, 8))
+        ).capitalize()
     syllables = lists("values.txt")["syllable"]
     return "".join(rng.choice(syllables) for _ in range(rng.randint(2, 3))).capitalize()
 
@@ -80,7 +93,11 @@ def new_name(rng: Random) -> str:
 def draw_value(kind: str, language: str, rng: Random) -> Any:
     """A random argument: an int for "int", otherwise text in ``language`` where the kind has one."""
     if kind == "int":
-        return rng.randint(1, 99)
+        return rng.randint(1, 99) if rng.random() < 0.7 else rng.randint(100, 9999)
+    if kind == "number":
+        return rng.randint(1, 99) + rng.choice((0.5, 0.25, 0.1, 0.75))
+    if kind == "code":
+        return "".join(rng.choice("ABCDEFGHKLMNPRSTUVWXYZ") for _ in range(2)) + str(rng.randint(10, 99999))
     if kind == "clock":
         return f"{rng.randint(0, 23):02d}:{rng.choice((0, 5, 10, 15, 20, 30, 40, 45, 50)):02d}"
     if kind == "path":
@@ -94,6 +111,13 @@ def draw_value(kind: str, language: str, rng: Random) -> Any:
         return new_name(rng)
     if kind == "word":
         return new_name(rng).lower()
+    if kind in _PHRASES and rng.random() < 0.3:
+        gap, words = (
+            (" ", phrases("en", "strange words")) if language == "en" else ("", lists("unknown.txt")["zh character"])
+        )
+        return gap.join(rng.choice(words) for _ in range(rng.randint(2, 5)))
+    if kind in _NAMES and language == "zh" and rng.random() < 0.3:
+        return "".join(rng.choice(lists("unknown.txt")["zh character"]) for _ in range(rng.randint(2, 4)))
     if kind in _NAMES and rng.random() < (0.5 if language == "en" else 0.15):
         name = new_name(rng)
         return f"{name} {new_name(rng)}" if rng.random() < 0.15 else name
@@ -108,7 +132,7 @@ def schema(family: Family, rng: Random) -> tuple[dict[str, Any], list[str]]:
     for parameter in family.parameters:
         name = rng.choice(parameter.names)
         names.append(name)
-        properties[name] = {"type": "integer" if parameter.kind == "int" else "string"}
+        properties[name] = {"type": _TYPES.get(parameter.kind, "string")}
         if rng.random() < 0.5:
             properties[name]["description"] = parameter.description
     function: dict[str, Any] = {"name": rng.choice(family.names)}
@@ -120,27 +144,72 @@ def schema(family: Family, rng: Random) -> tuple[dict[str, Any], list[str]]:
     return {"type": "function", "function": function}, names
 
 
-def made_up_family(rng: Random, test: bool = False) -> Family:
-    """A function named after a verb and a noun, such as ``close_ticket``, with one parameter to copy."""
+def made_up_family(rng: Random, language: str = "en", test: bool = False) -> Family:
+    """A function named after a verb and a noun, such as ``close_ticket``, with a parameter to copy."""
     words = lists("values.txt")
     verb, noun = rng.choice(words["new"]).split()
     while not test and f"{verb} {noun}" in words["new"]:
         verb, noun = rng.choice(words["verb"]), rng.choice(words["noun"])
-    kind, names = rng.choice((("int", "id number"), ("name", "name title"), ("word", "key label")))
+    kind, names = rng.choice(
+        (("int", "id number"), ("name", "name title"), ("word", "key label"), ("code", "code reference"))
+    )
     parameter = Parameter((*names.split(), f"{noun}_{names.split()[0]}"), kind, f"The {names.split()[0]} of the {noun}")
     do = f"{verb} the {noun} {{0}}"
-    asks = (do, f"{verb} {noun} {{0}}", f"please {verb} {noun} {{0}}", f"can you {do}", f"i want to {do}")
+    asks: tuple[str, ...] = (
+        do,
+        f"{verb} {noun} {{0}}",
+        f"please {verb} {noun} {{0}}",
+        f"can you {do}",
+        f"i want to {do}",
+    )
+    if not test:
+        asks += (f"{do} [now|for me|please|, thanks]", f"the {noun} {{0}} [must|should] be handled: {verb} it")
+    chinese = dict(pair.split("=") for name in ("zh verb", "zh noun") for pair in words[name])
+    act, thing = chinese[verb], chinese[noun]
+    zh = (
+        f"{act}{thing}{{0}}",
+        f"[请|帮我|我要|]{act}{thing}{{0}}",
+        f"把{thing}{{0}}{act}",
+        f"{thing}{{0}}，{act}[一下|]",
+    )
     return Family(
         (f"{verb}_{noun}",),
         (f"{verb.capitalize()} a {noun}", f"{verb.capitalize()} the {noun} by {names.split()[0]}"),
         (parameter,),
         asks,
+        zh,
         asks,
-        asks,
-        asks,
+        zh,
         (("status", "done"),),
         f"The request to {verb} the {noun} {{0}} is done.",
-        f"The request to {verb} the {noun} {{0}} is done.",
+        f"{act}{thing}{{0}}的请求已完成。",
+    )
+
+
+def invented_family(rng: Random) -> Family:
+    """A function whose name and parameters mean nothing, asked for by name: all of the call has to be copied."""
+    name = new_name(rng).lower()
+    name += rng.choice(("", "_" + new_name(rng).lower(), "_" + rng.choice(lists("values.txt")["noun"])))
+    parameters = []
+    for _ in range(rng.choice((1, 1, 2, 2, 3))):
+        label = new_name(rng).lower()
+        if rng.random() < 0.5:
+            label = rng.choice(lists("values.txt")["noun"]) + rng.choice(("", "_id", "_name", "_" + label))
+        if all(label not in parameter.names for parameter in parameters):
+            kind = rng.choice(("int", "name", "word", "number", "code", "city", "phrase"))
+            parameters.append(Parameter((label,), kind, f"The {label}"))
+    said = ", ".join(f"{parameter.names[0]} {{{i}}}" for i, parameter in enumerate(parameters))
+    joined = " and ".join(f"{parameter.names[0]} {{{i}}}" for i, parameter in enumerate(parameters))
+    equal = ", ".join(f"{parameter.names[0]}={{{i}}}" for i, parameter in enumerate(parameters))
+    en = (
+        f"[call|use|run|invoke|execute] {name} with [{joined}|{equal}|{said}]",
+        f"[i need|please|now] {name}: [{said}|{equal}]",
+        f"{name}, {joined}",
+    )
+    zh = (f"[调用|使用|执行] {name}，[{said}|{equal}]", f"用 {name}，{equal}", f"{name}：{said}")
+    done = f"{name} is done."
+    return Family(
+        (name,), (f"Do {name}", "A function"), tuple(parameters), en, zh, en, zh, (("status", "done"),), done, done
     )
 
 
@@ -168,20 +237,31 @@ def draw_case(rng: Random, language: str, test: str = "") -> ToolCase:
 
     ``test`` selects what training never sees: "phrases" for requests in other words, "functions" for unknown functions.
     """
-    made_up = test == "functions" or (not test and language == "en" and rng.random() < 0.35)
-    family = made_up_family(rng, test == "functions") if made_up else rng.choice(families())
+    way = rng.random()
+    if test == "functions" or (not test and way < 0.3):
+        family = made_up_family(rng, language, test == "functions")
+    elif not test and way < 0.5:
+        family = invented_family(rng)
+    else:
+        family = rng.choice([family for family in families() if family.test_en or not test])
+    asks = (family.test_en, family.test_zh) if test == "phrases" else (family.en, family.zh)
+    return make_case(family, rng.choice(asks[language == "zh"]), language, rng)
+
+
+def make_case(family: Family, ask: str, language: str, rng: Random) -> ToolCase:
+    """The request ``ask`` for ``family``, with random values and other tools beside it."""
     tool, names = schema(family, rng)
     tools = [tool]
-    taken = {family.names[0]}
-    for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
-        other = made_up_family(rng) if rng.random() < 0.4 else rng.choice(families())
+    taken = {tool["function"]["name"], family.names[0]}
+    for _ in range(rng.choice((0, 0, 0, 0, 1, 1, 2))):
+        way = rng.random()
+        other = made_up_family(rng) if way < 0.3 else invented_family(rng) if way < 0.4 else rng.choice(families())
         if other.names[0] not in taken:
             taken.add(other.names[0])
             tools.append(schema(other, rng)[0])
     rng.shuffle(tools)
     values = [draw_value(parameter.kind, language, rng) for parameter in family.parameters]
-    asks = (family.test_en, family.test_zh) if test == "phrases" else (family.en, family.zh)
-    request = rng.choice(asks[language == "zh"]).format(*values)
+    request = expand(ask, rng).format(*values)
     result = {name: draw_value(kind, language, rng) for name, kind in family.results}
     said = (family.said_zh if language == "zh" else family.said_en).format(*values, **result)
     arguments = dict(zip(names, values, strict=True))
