@@ -6,12 +6,17 @@ half of them end. The best continuations become forks of the requests that produ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.plan import EngineOutput
 from nanovllm.engine.request import Request
 from nanovllm.outputs import BeamSearchSequence, Logprob
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.structured import GuideSpec
 
 
 @dataclass(slots=True)
@@ -34,10 +39,13 @@ class BeamSearch:
         eos_token_ids: frozenset[int],
         max_model_len: int,
         cache_salt: str | None = None,
+        guide: GuideSpec | None = None,
     ) -> None:
         self.search_id = search_id
         self.params = params
-        self._eos = frozenset() if params.ignore_eos else eos_token_ids
+        # With a guide that is to go on, EOS comes only where nothing else may.
+        self._eos = eos_token_ids if guide is not None or not params.ignore_eos else frozenset()
+        self._guide = guide
         self._max_model_len = max_model_len
         self._salt = cache_salt
         self._prompt = prompt_token_ids
@@ -63,6 +71,7 @@ class BeamSearch:
             for name, parent in parents.items()
             for index in range(2 * self.params.beam_width)
             if index + 1 < len(reported[name].logprobs[0].token_ids)  # type: ignore[index]
+            and reported[name].logprobs[0].logprobs[index + 1] > -math.inf  # type: ignore[index]
         ]
         growing = []
         for sequence, parent in candidates:
@@ -111,6 +120,8 @@ class BeamSearch:
             sequence.tokens,
             self._step_params,
             max_model_len=self._max_model_len,
+            guide=self._guide,
+            guided_from=len(self._prompt),
             cache_salt=self._salt,
             fork_of=parent,
             held=True,

@@ -63,6 +63,7 @@ class InputProcessor:
     Attributes:
         tokenizer: the model's, or None if it was not to be loaded.
         max_model_len: context length in tokens, prompt and output together. May be lowered when the cache is sized.
+        eos_token_ids: the model's, whether or not a request ignores them.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -82,7 +83,7 @@ class InputProcessor:
         eos = set(model.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
-        self._eos_token_ids = frozenset(eos)
+        self.eos_token_ids = frozenset(eos)
         self.guides = GuideBuilder(config.structured_outputs, self.tokenizer, GrammarCompiler(model, self.tokenizer))
 
     def default_params(self) -> SamplingParams:
@@ -115,7 +116,7 @@ class InputProcessor:
         self._resolve_max_tokens(resolved, len(token_ids))
         self._check_logprobs(resolved)
         stop_token_ids = frozenset(resolved.stop_token_ids or ())
-        eos_token_ids = frozenset() if resolved.ignore_eos else self._eos_token_ids
+        eos_token_ids = frozenset() if resolved.ignore_eos else self.eos_token_ids
         self._check_ids("stop_token_ids", stop_token_ids)
         self._check_ids("logit_bias", resolved.logit_bias or ())
         self._check_ids("allowed_token_ids", resolved.allowed_token_ids or ())
@@ -123,7 +124,7 @@ class InputProcessor:
         _check_something_allowed(resolved, stop_token_ids | eos_token_ids, bad_words_ids)
         if resolved.stop and self.tokenizer is None:
             raise ParameterError("stop strings need a tokenizer, and skip_tokenizer_init is set", "stop", resolved.stop)
-        guide = self.guides.build(resolved, token_ids, self._eos_token_ids, reasoning_ended)
+        guide = self.guides.build(resolved, token_ids, self.eos_token_ids, reasoning_ended)
         resolved.structured_outputs = None
         return EngineInput(
             prompt=text,

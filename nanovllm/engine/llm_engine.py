@@ -109,22 +109,23 @@ class LLMEngine(EngineFace):
             ParameterError: the prompt or a parameter cannot be honoured.
         """
         self._check_open()
-        if params.structured_outputs is not None:
-            raise ParameterError("not supported with beam search in this version", "structured_outputs", "...")
         if params.temperature != 0.0:
             raise ParameterError("beam search ranks by the model's own probabilities: use 0", "temperature",
                                  params.temperature)  # fmt: skip
         vocab_size = self.config.model.vocab_size
         if 2 * params.beam_width > vocab_size:
             raise ParameterError(f"at most half the vocabulary of {vocab_size}", "beam_width", params.beam_width)
-        prepared = self.input.process(prompt, SamplingParams(max_tokens=params.max_tokens, ignore_eos=False))
+        as_sampling = SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos,
+                                     structured_outputs=params.structured_outputs)  # fmt: skip
+        prepared = self.input.process(prompt, as_sampling)
         search = BeamSearch(
             search_id,
             prepared.prompt_token_ids,
             params,
-            prepared.eos_token_ids,
+            self.input.eos_token_ids,
             self.config.model.max_model_len,
             prepared.cache_salt,
+            prepared.guide,
         )
         for request in search.start():
             self._beams[request.request_id] = search

@@ -64,10 +64,10 @@ def _from_json_object(value: bool, params: StructuredOutputsParams) -> str:
 
 
 def _from_regex(value: str, params: StructuredOutputsParams) -> str:
-    """Python's notation without look-around and back references; ``\\d`` is 0 to 9."""
+    """Python's notation without look-around and back references; with ``re.ASCII``."""
     from llguidance import regex_to_lark
 
-    return _from_lark(f"start: /{regex_to_lark(value, 'd')}/")
+    return _from_lark(f"start: /{regex_to_lark(value, 'dws')}/")
 
 
 def _from_choice(value: list[str], params: StructuredOutputsParams) -> str:

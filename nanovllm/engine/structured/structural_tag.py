@@ -150,4 +150,4 @@ def _slashed(pattern: Any) -> str:
         raise ParameterError("'pattern' must be a string", _KIND, pattern)
     from llguidance import regex_to_lark
 
-    return regex_to_lark(pattern, "d")
+    return regex_to_lark(pattern, "dws")
