@@ -65,6 +65,7 @@ class RequestStateStats:
         first_token_ts: the first token of any of its outputs; 0.0 before.
         last_token_ts: the end of its last output; 0.0 before.
         num_generation_tokens: tokens generated, over all its outputs; counted at the end.
+        max_generation_tokens: tokens of its longest output; counted at the end.
         num_preemptions: times an output of it was put back into the queue and computed again.
     """
 
@@ -75,6 +76,7 @@ class RequestStateStats:
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
     num_generation_tokens: int = 0
+    max_generation_tokens: int = 0
     num_preemptions: int = 0
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from nanovllm.engine.plan import StepPlan, StepResult
@@ -71,7 +72,7 @@ def engine_config(
     cache = CacheConfig(block_size, None, None, 0.9, prefix_caching, "auto")
     model = ModelConfig(
         model="fake",
-        path=None,  # type: ignore[arg-type]
+        path=Path("fake"),
         hf_config={},
         architecture="Fake",
         dtype="float32",

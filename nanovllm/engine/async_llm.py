@@ -21,7 +21,7 @@ from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace, make_core
 from nanovllm.engine.family import child_ids
 from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
-from nanovllm.engine.stats import LOG_INTERVAL, StatsLog
+from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
 from nanovllm.engine.thread_core import Listener, ThreadCore
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError
 from nanovllm.outputs import RequestOutput
@@ -81,7 +81,8 @@ class AsyncLLM(EngineFace):
     of one instance must run on the same event loop.
 
     Attributes:
-        stats: the engine's latest known state and totals; append to ``stats.observers`` to follow it.
+        stats: the engine's latest known state and totals.
+        num_blocks: blocks of the KV cache, the padding block included; 0 before the model is loaded.
     """
 
     def __init__(
@@ -105,7 +106,8 @@ class AsyncLLM(EngineFace):
         else:
             self._core = process
         super().__init__(config)
-        self._ready = process is None
+        self.num_blocks = core.executor.num_blocks if process is None else 0
+        self._ready = self._was_ready = process is None
         self._max_restarts = max_restarts
         self._deaths: deque[float] = deque()
         self._streams: dict[str, Stream] = {}
@@ -151,7 +153,7 @@ class AsyncLLM(EngineFace):
         """
         self._listen()
         while not self._ready:
-            if isinstance(self._core.error, ValueError):
+            if isinstance(self._core.error, ValueError) and not self._was_ready:
                 raise self._core.error
             self._check_alive()
             waiter = asyncio.get_running_loop().create_future()
@@ -246,6 +248,11 @@ class AsyncLLM(EngineFace):
         return await reply
 
     @property
+    def observers(self) -> list[Observer]:
+        """Whoever is told of every step and every request's end; append to follow the engine."""
+        return self.stats.observers
+
+    @property
     def is_running(self) -> bool:
         return self._core.alive and not self._stopped
 
@@ -298,7 +305,8 @@ class AsyncLLM(EngineFace):
             model = dataclasses.replace(self.config.model, max_model_len=message.max_model_len)
             self.config = dataclasses.replace(self.config, model=model)
             self.input.max_model_len = message.max_model_len
-            self._ready = True
+            self.num_blocks = message.num_blocks
+            self._ready = self._was_ready = True
             self._wake_ready()
         else:
             self._bury(message)
@@ -326,18 +334,18 @@ class AsyncLLM(EngineFace):
 
     def _bury(self, death: Died) -> None:
         """The core has died: its requests end, and another one is started if that may help."""
-        was_ready, self._ready = self._ready, False
+        self._ready = False
         logger.error("The engine has died: %s", death.error)
         self._end_all(EngineDeadError(f"the engine has stopped: {death.error}"))
         self.stats.reset()
         now = time.monotonic()
         while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
             self._deaths.popleft()
-        worth_it = isinstance(self._core, ChildCore) and (was_ready or self._deaths)
-        if worth_it and len(self._deaths) < self._max_restarts and self._loop is not None:
+        may_restart = self._was_ready and len(self._deaths) < self._max_restarts
+        if may_restart and isinstance(self._core, ChildCore) and self._loop is not None:
             self._deaths.append(now)
             logger.warning("Starting the engine again (%d of %d).", len(self._deaths), self._max_restarts)
-            self._core = ChildCore(self.config)
+            self._core = self._core.again()
             self._core.listen(self._loop, self._receive)
         else:
             self._wake_ready()

@@ -42,6 +42,7 @@ class ChildCore:
             main: module and function that run in it.
         """
         self.error: BaseException | None = None
+        self._config, self._main = config, main
         self._ready = False
         self._last_words: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -68,6 +69,10 @@ class ChildCore:
     def alive(self) -> bool:
         """Whether commands are still obeyed."""
         return not self._stopped and self.error is None and self._process.poll() is None
+
+    def again(self) -> ChildCore:
+        """Another process like this one."""
+        return ChildCore(self._config, self._main)
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
         """Deliver all messages from now on by calling ``listener`` on ``loop``."""

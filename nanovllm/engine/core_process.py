@@ -5,6 +5,7 @@ The parent holds the other end of a socket. When that end closes, however the pa
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -17,19 +18,21 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.channel import Channel, ChannelClosed
 from nanovllm.engine.core import EngineCore
 from nanovllm.engine.engine_loop import EngineLoop
-from nanovllm.engine.face import fit_context
+from nanovllm.engine.face import make_core
 from nanovllm.engine.garbage import collect_rarely
 from nanovllm.engine.messages import Command, Died, Message, Ready
 from nanovllm.engine.plain import from_plain, to_plain
 from nanovllm.engine.wire import decode_command, encode_message
+from nanovllm.errors import ModelError, ParameterError
 
 logger = logging.getLogger(__name__)
+
+MakeCore = Callable[[EngineConfig], tuple[EngineConfig, EngineCore]]
 
 MOST_BACKLOG = 64 << 20  # bytes; a front that has left more than this unread is waited for
 GRACE = 1.0  # seconds that the core has to end by itself once its parent has gone
@@ -88,12 +91,12 @@ class ChannelInbox:
             self._channel.flush()
 
 
-def run(connection: socket.socket, make_executor: Callable[[EngineConfig], Any]) -> int:
+def run(connection: socket.socket, make_core: MakeCore) -> int:
     """Be an engine for whoever holds the other end.
 
     Args:
         connection: its first frame is `opening`'s.
-        make_executor: loads the model.
+        make_core: loads the model.
 
     Returns:
         The exit code: 0 when the other side has closed, 1 after a fault, which it has been told.
@@ -105,19 +108,16 @@ def run(connection: socket.socket, make_executor: Callable[[EngineConfig], Any])
     try:
         first = json.loads(inbox.first_frame())
         _setup_logging(first["log_level"])
-        config = from_plain(EngineConfig, first["config"])
-        executor = make_executor(config)
-        collect_rarely()
-        config = fit_context(config, executor.num_blocks)
-        core = EngineCore(config, executor)
-        inbox.deliver(Ready(config.model.max_model_len))
-        EngineLoop(core, config.model.max_model_len, inbox, inbox.deliver).run()
+        config, core = _load(make_core, from_plain(EngineConfig, first["config"]))
+        max_model_len = config.model.max_model_len
+        inbox.deliver(Ready(max_model_len, core.executor.num_blocks))
+        EngineLoop(core, max_model_len, inbox, inbox.deliver).run()
         core.shutdown()
         return 0
     except ChannelClosed:
         return 0
     except BaseException as error:
-        if not isinstance(error, ValueError):  # not of the user's making
+        if not isinstance(error, ParameterError | ModelError):
             logger.exception("The engine has stopped.")
         with suppress(ChannelClosed):
             inbox.deliver(Died(error))
@@ -133,11 +133,19 @@ def opening(config: EngineConfig) -> bytes:
 
 def main() -> None:
     """Run on the socket whose number is the first argument."""
-    from nanovllm.executor import create_executor
-
-    code = run(socket.socket(fileno=int(sys.argv[1])), create_executor)
+    code = run(socket.socket(fileno=int(sys.argv[1])), make_core)
     logging.shutdown()
     os._exit(code)  # there is nothing to put in order, and taking torch apart would take half a second
+
+
+def _load(make_core: MakeCore, config: EngineConfig) -> tuple[EngineConfig, EngineCore]:
+    """Load the model. What torch brings along lives as long as the process: no garbage is looked for in it, ever."""
+    gc.disable()
+    made = make_core(config)
+    gc.freeze()
+    gc.enable()
+    collect_rarely()
+    return made
 
 
 def _setup_logging(level: str) -> None:

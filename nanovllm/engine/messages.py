@@ -49,9 +49,10 @@ Command = Add | Finish | ResetPrefixCache
 
 @dataclass(slots=True)
 class Ready:
-    """The model is loaded; the first message there is."""
+    """The model is loaded; the first message of a process."""
 
     max_model_len: int  # tokens; shortened, perhaps, to what the cache holds
+    num_blocks: int  # of the KV cache, the padding block included
 
 
 @dataclass(slots=True)

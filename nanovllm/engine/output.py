@@ -215,7 +215,9 @@ class OutputProcessor:
             if len(completions) > 1:
                 completions = [completion for completion in completions if completion.has_news()]
         if finished:
-            request.stats.num_generation_tokens = sum(completion.num_tokens for completion in request.completions)
+            lengths = [completion.num_tokens for completion in request.completions]
+            request.stats.num_generation_tokens = sum(lengths)
+            request.stats.max_generation_tokens = max(lengths)
         return RequestOutput(
             request.request_id,
             request.engine_input.prompt,

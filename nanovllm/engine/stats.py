@@ -157,8 +157,9 @@ class EngineStats:
         self.prefix_cache_hits = 0
         self.num_preemptions = 0
         self._last_step_ts = time.monotonic()
-        self._arrivals: dict[str, float] = {}  # id of an output -> its request's arrival; until the first token
-        self._last_token: dict[str, float] = {}  # id of an output -> its last token
+        # Outputs under way, by their ids in the engine: the time of the last token; before the first, that of arrival,
+        # as a negative number.
+        self._times: dict[str, float] = {}
 
     def last_step_age(self) -> float:
         """Seconds since the engine last reported a step; since its start, if it never did."""
@@ -166,13 +167,12 @@ class EngineStats:
 
     def add(self, output_ids: Iterable[str], arrival_ts: float) -> None:
         """Outputs (by their ids in the engine) are expected from now on."""
-        self._arrivals.update(dict.fromkeys(output_ids, arrival_ts))
+        self._times.update(dict.fromkeys(output_ids, -arrival_ts))
 
     def forget(self, output_ids: Iterable[str]) -> None:
         """Outputs have ended early."""
         for output_id in output_ids:
-            self._arrivals.pop(output_id, None)
-            self._last_token.pop(output_id, None)
+            self._times.pop(output_id, None)
 
     def step(self, outputs: Sequence[EngineOutput], stats: StepStats) -> None:
         """Take what a step gave."""
@@ -205,21 +205,20 @@ class EngineStats:
         """The engine behind has gone; whatever was under way has ended."""
         self.num_running = self.num_waiting = 0
         self.kv_cache_usage = 0.0
-        self._arrivals.clear()
-        self._last_token.clear()
+        self._times.clear()
         self._last_step_ts = time.monotonic()
 
     def _record(self, outputs: Sequence[EngineOutput], stats: StepStats) -> StepRecord:
         """Most outputs had their last token at the same time, one step ago: they are counted, not listed."""
-        now, last = stats.timestamp, self._last_token
-        ids = [output.request_id for output in outputs if output.new_token_ids]
-        groups = Counter(map(last.get, ids))
-        first_times = []
-        if groups.pop(None, 0):
-            arrivals = [self._arrivals.pop(output_id, None) for output_id in ids if output_id not in last]
-            first_times = [now - arrival for arrival in arrivals if arrival is not None]
-        intervals = [(now - previous, count) for previous, count in groups.items() if previous is not None]
-        last.update(dict.fromkeys(ids, now))
+        now, times = stats.timestamp, self._times
+        ids = [output.request_id for output in outputs if output.new_token_ids and output.request_id in times]
+        first_times, intervals = [], []
+        for previous, count in Counter(map(times.__getitem__, ids)).items():
+            if previous < 0:
+                first_times += [now + previous] * count
+            else:
+                intervals.append((now - previous, count))
+        times.update(dict.fromkeys(ids, now))
         self.forget(output.request_id for output in outputs if output.finish_reason is not None)
         return StepRecord(stats, sum(len(output.new_token_ids) for output in outputs), first_times, intervals)
 

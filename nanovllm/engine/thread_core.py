@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 
 from nanovllm.engine.core import EngineCore
 from nanovllm.engine.engine_loop import EngineLoop
-from nanovllm.engine.messages import Command, Died, Message, Ready
+from nanovllm.engine.messages import Command, Died, Message
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ class ThreadCore:
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
         """Deliver all messages from now on by calling ``listener`` on ``loop``."""
         self._listener = loop, listener
-        self._deliver(Ready(self._max_model_len))
 
     def send(self, command: Command) -> None:
         """Have a command obeyed before the next step."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ Array = np.ndarray[Any, Any]
 _HEAD = struct.Struct("<I")
 _COMMANDS: dict[str, type[Any]] = {"add": Add, "finish": Finish, "reset": ResetPrefixCache}
 _NAMES = {cls: name for name, cls in _COMMANDS.items()}
+_UPDATE = frozenset({"ids", "tokens", "cached", "rare", "stats", "refused", "replies", "arrays"})
 _USER_ERRORS: dict[str, type[Exception]] = {cls.__name__: cls for cls in (ParameterError, ModelError)}
 
 
@@ -50,7 +51,7 @@ def decode_command(frame: bytes) -> Command:
         ((name, plain),) = _unpack(frame)[0].items()
         command: Command = from_plain(_COMMANDS[name], plain)
         return command
-    except (ValueError, TypeError, LookupError, struct.error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, StopIteration, struct.error) as error:
         raise WireError(f"not a command: {error!r}") from error
 
 
@@ -62,7 +63,7 @@ def encode_message(message: Message) -> bytes:
     if isinstance(message, Update):
         return _encode_update(message)
     if isinstance(message, Ready):
-        return _pack({"ready": message.max_model_len})
+        return _pack({"ready": [message.max_model_len, message.num_blocks]})
     return _pack({"died": _encode_error(message.error)})
 
 
@@ -72,8 +73,12 @@ def decode_message(frame: bytes) -> Message:
         head, arrays = _unpack(frame)
         if "died" in head:
             return Died(_decode_error(head["died"]))
-        return Ready(head["ready"]) if "ready" in head else _decode_update(head, arrays)
-    except (ValueError, TypeError, LookupError, struct.error) as error:
+        if "ready" in head:
+            return Ready(*head["ready"])
+        if not _UPDATE.issuperset(head):
+            raise WireError(f"unknown keys in {list(head)}")
+        return _decode_update(head, arrays)
+    except (ValueError, TypeError, LookupError, AttributeError, StopIteration, struct.error) as error:
         raise WireError(f"not a message: {error!r}") from error
 
 
@@ -85,12 +90,14 @@ def _encode_update(update: Update) -> bytes:
         head["ids"] = [output.request_id for output in outputs]
         head["tokens"] = [new[0] if len(new := output.new_token_ids) == 1 else new for output in outputs]
         head["cached"] = [output.num_cached_tokens for output in outputs]
-        rare: list[tuple[int, dict[str, Any]]] = []
-        for index, output in enumerate(outputs):
-            if output.finish_reason is not None or output.logprobs is not None or output.prompt_logprobs is not None:
-                rare.append((index, _encode_rare(output, arrays)))
+        positions: list[TokenLogprobs] = []
+        rare = [(index, extra) for index, output in enumerate(outputs) if (extra := _encode_rare(output, positions))]
         if rare:
             head["rare"] = rare
+            arrays += [output.pooled for output in outputs if output.pooled is not None]
+        if positions:
+            arrays.append(np.concatenate([position.token_ids for position in positions]))
+            arrays.append(np.concatenate([position.logprobs for position in positions]))
     if update.stats is not None:
         head["stats"] = to_plain(update.stats)
     if update.refused:
@@ -107,13 +114,7 @@ def _decode_update(head: dict[str, Any], arrays: list[Array]) -> Update:
             EngineOutput(request_id, new if isinstance(new, list) else [new], num_cached_tokens=cached)
             for request_id, new, cached in zip(head["ids"], head["tokens"], head["cached"], strict=True)
         ]
-        for index, rare in head.get("rare", ()):
-            output = outputs[index]
-            output.finish_reason, output.stop_reason = rare.get("finish"), rare.get("stop")
-            if "logprobs" in rare:
-                output.logprobs = _decode_logprobs(rare["logprobs"], arrays)
-            if "prompt" in rare:
-                output.prompt_logprobs = _decode_logprobs(rare["prompt"], arrays)
+        _decode_rare(outputs, head.get("rare", ()), arrays)
     return Update(
         outputs,
         from_plain(StepStats, head["stats"]) if "stats" in head else None,
@@ -122,36 +123,44 @@ def _decode_update(head: dict[str, Any], arrays: list[Array]) -> Update:
     )
 
 
-def _encode_rare(output: EngineOutput, arrays: list[Array]) -> dict[str, Any]:
-    """What most outputs lack: the end, log-probabilities."""
+def _encode_rare(output: EngineOutput, positions: list[TokenLogprobs]) -> dict[str, Any]:
+    """What most outputs lack: the end, a vector, log-probabilities, whose arrays are left in ``positions``."""
     rare: dict[str, Any] = {}
     if output.finish_reason is not None:
         rare["finish"], rare["stop"] = output.finish_reason, output.stop_reason
+    if output.pooled is not None:
+        rare["pooled"] = True
     if output.logprobs is not None:
-        rare["logprobs"] = _encode_logprobs(output.logprobs, arrays)
+        rare["logprobs"] = [(int(position.rank), len(position.token_ids)) for position in output.logprobs]
+        positions += output.logprobs
     if output.prompt_logprobs is not None:
-        rare["prompt"] = _encode_logprobs(output.prompt_logprobs, arrays)
+        rare["prompt"] = [(int(position.rank), len(position.token_ids)) for position in output.prompt_logprobs]
+        positions += output.prompt_logprobs
     return rare
 
 
-def _encode_logprobs(positions: Sequence[TokenLogprobs], arrays: list[Array]) -> list[Any]:
-    """[index of the first of two arrays, [rank, ...], [number of entries, ...]] of the positions."""
-    if not positions:
-        return [0, [], []]
-    first = len(arrays)
-    arrays.append(np.concatenate([position.token_ids for position in positions]))
-    arrays.append(np.concatenate([position.logprobs for position in positions]))
-    return [first, [int(position.rank) for position in positions], [len(position.token_ids) for position in positions]]
+def _decode_rare(outputs: list[EngineOutput], rare: Iterable[tuple[int, dict[str, Any]]], arrays: list[Array]) -> None:
+    """Arrays are in the order of encoding: vectors, then the tokens and values of all positions."""
+    vectors, start = iter(arrays), 0
 
+    def take(shapes: list[tuple[int, int]]) -> list[TokenLogprobs]:
+        nonlocal start
+        positions = []
+        for rank, length in shapes:
+            end = start + length
+            positions.append(TokenLogprobs(arrays[-2][start:end], arrays[-1][start:end], rank))
+            start = end
+        return positions
 
-def _decode_logprobs(plain: list[Any], arrays: list[Array]) -> list[TokenLogprobs]:
-    first, ranks, lengths = plain
-    positions, start = [], 0
-    for rank, length in zip(ranks, lengths, strict=True):
-        end = start + length
-        positions.append(TokenLogprobs(arrays[first][start:end], arrays[first + 1][start:end], rank))
-        start = end
-    return positions
+    for index, extra in rare:
+        output = outputs[index]
+        output.finish_reason, output.stop_reason = extra.get("finish"), extra.get("stop")
+        if "pooled" in extra:
+            output.pooled = next(vectors)
+        if "logprobs" in extra:
+            output.logprobs = take(extra["logprobs"])
+        if "prompt" in extra:
+            output.prompt_logprobs = take(extra["prompt"])
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
