@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from nanovllm import __version__
-from nanovllm.entrypoints.serve import chat_completions, completions, models, system, tokens
+from nanovllm.entrypoints.serve import chat_completions, completions, messages, models, responses, system, tokens
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import add_handlers
@@ -21,7 +21,15 @@ from nanovllm.errors import ParameterError
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
 
-ROUTERS = (system.router, models.router, completions.router, chat_completions.router, tokens.router)
+ROUTERS = (
+    system.router,
+    models.router,
+    completions.router,
+    chat_completions.router,
+    responses.router,
+    messages.router,
+    tokens.router,
+)
 
 
 def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
