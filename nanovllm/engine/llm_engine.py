@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ class LLMEngine(EngineFace):
 
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
         config, self.core = make_core(config, executor)
-        super().__init__(config)
+        super().__init__(config, self.core.executor)
         self._log = StatsLog() if config.log_stats else None
         if self._log is not None:
             self.stats.observers.append(self._log)
@@ -52,6 +53,7 @@ class LLMEngine(EngineFace):
         Raises:
             ParameterError: the prompt or a parameter cannot be honoured. Nothing was queued.
         """
+        arrival = time.monotonic()
         self._check_open()
         if self.output.has(request_id):
             raise ParameterError("a request of this id is under way", "request_id", request_id)
@@ -59,7 +61,7 @@ class LLMEngine(EngineFace):
         prepared = self.input.process(prompt, given)
         family = make_family(request_id, prepared, self.config.model.max_model_len, self._next_seed())
         self.core.add(family[0], priority, family[1:])
-        self.output.add(request_id, prepared, given, [member.request_id for member in family])
+        self.output.add(request_id, prepared, given, [member.request_id for member in family], arrival)
         return request_id
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
