@@ -34,6 +34,7 @@ class FakeExecutor:
     """Samples ``token(seed of the request, position)``; remembers every plan."""
 
     num_blocks: int = 64
+    grammars: None = None
     vocab_size: int = 97
     failing_steps: frozenset[int] = frozenset()
     seconds: float = 0.0  # that a step takes

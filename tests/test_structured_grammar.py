@@ -39,7 +39,9 @@ def builder(tokenizer: Tokenizer) -> GuideBuilder:
 
 def make_builder(tokenizer: Tokenizer | None, **config: Any) -> GuideBuilder:
     model: Any = SimpleNamespace(vocab_size=SIZE, eos_token_ids=(IM_END,), tokenizer=None, tokenizer_mode="auto")
-    return GuideBuilder(StructuredOutputsConfig(**config), tokenizer, GrammarCompiler(model, tokenizer))
+    compiler = GrammarCompiler(model)
+    compiler.use(tokenizer)
+    return GuideBuilder(StructuredOutputsConfig(**config), tokenizer, compiler)
 
 
 def build(builder: GuideBuilder, prompt: str = "hi", **options: Any) -> GuideSpec | None:

@@ -105,7 +105,7 @@ class AsyncLLM(EngineFace):
             self._core = ThreadCore(core, config.model.max_model_len)
         else:
             self._core = process
-        super().__init__(config)
+        super().__init__(config, core.executor if process is None else None)
         self.num_blocks = core.executor.num_blocks if process is None else 0
         self._ready = self._was_ready = process is None
         self._max_restarts = max_restarts

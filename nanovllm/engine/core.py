@@ -13,6 +13,7 @@ from nanovllm.engine.plan import EngineOutput, StepPlan, StepResult
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.stats import StepMeter
+from nanovllm.engine.structured import GrammarCompiler
 from nanovllm.errors import StepError
 
 
@@ -27,6 +28,10 @@ class Executor(Protocol):
     """Where the model runs: in this process, in others, on other hosts. Steps run in the order of submission."""
 
     num_blocks: int
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        """Compiles grammars for constrained outputs; None if it does not follow any."""
 
     def submit(self, plan: StepPlan) -> Handle: ...
 
@@ -52,6 +57,8 @@ class EngineCore:
 
     def add(self, request: Request, priority: int = 0, forks: Sequence[Request] = ()) -> None:
         """Queue a request; see `Scheduler.add`."""
+        if request.guide is not None and self.executor.grammars is not None:
+            self.executor.grammars.prepare(request.guide.grammar)  # it may be done before the first step with it
         self.meter.queued((request, *forks))
         self.scheduler.add(request, priority, forks)
 

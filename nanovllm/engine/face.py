@@ -25,12 +25,13 @@ class EngineFace:
 
     Args:
         config: from ``EngineArgs.build()``.
+        executor: where the model runs, if that is in this process.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
         collect_rarely()
         self.config = config
-        self.input = InputProcessor(config)
+        self.input = InputProcessor(config, None if executor is None else executor.grammars)
         self.output = OutputProcessor(self.input.tokenizer)
         self.stats = EngineStats()
         self._arrivals = itertools.count()

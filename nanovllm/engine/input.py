@@ -66,7 +66,8 @@ class InputProcessor:
         eos_token_ids: the model's, whether or not a request ignores them.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, grammars: GrammarCompiler | None = None) -> None:
+        """``grammars``: where the engine compiles them, if it is in this process."""
         model = config.model
         self.max_model_len = model.max_model_len
         self._vocab_size = model.vocab_size
@@ -84,7 +85,9 @@ class InputProcessor:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             eos.add(self.tokenizer.eos_token_id)
         self.eos_token_ids = frozenset(eos)
-        self.guides = GuideBuilder(config.structured_outputs, self.tokenizer, GrammarCompiler(model, self.tokenizer))
+        grammars = grammars or GrammarCompiler(model)
+        grammars.use(self.tokenizer)
+        self.guides = GuideBuilder(config.structured_outputs, self.tokenizer, grammars)
 
     def default_params(self) -> SamplingParams:
         """What a request without parameters is sampled with: the checkpoint's generation config."""

@@ -30,12 +30,11 @@ class GrammarCompiler:
 
     Args:
         model: whose tokenizer it is.
-        tokenizer: the tokenizer, if it has been loaded already.
     """
 
-    def __init__(self, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self._tokenizer: Tokenizer | None = None
         self._tokens: LLTokenizer | None = None
         self._jobs: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._lock = threading.Lock()  # of the jobs
@@ -80,10 +79,10 @@ class GrammarCompiler:
                     self._jobs.pop(grammar, None)
         return job.result().deep_copy()
 
-    def prepare(self, grammar: str) -> None:
-        """Begin to compile a grammar; `matcher` will need it soon."""
+    def prepare(self, grammar: str | None) -> None:
+        """Begin to compile a grammar, if there is one; `matcher` will need it soon."""
         with self._lock:
-            if grammar in self._jobs:
+            if grammar is None or grammar in self._jobs:
                 return
         threading.Thread(target=self._try, args=(grammar,), name="nanovllm-grammar", daemon=True).start()
 
