@@ -293,3 +293,104 @@ def test_a_result_of_a_tool_is_part_of_the_conversation(clever: Served):
 def test_auto_needs_the_server_to_allow_it(server: Served):
     answer = server.post(PATH, WEATHER)
     assert answer.status_code == 400 and "--enable-auto-tool-choice" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_required_and_named_tools_are_called_with_arguments_of_their_schema(server: Served, stream: bool):
+    """Without a parser of the server's, and of a model that would rather not."""
+    schema = {
+        "type": "object",
+        "properties": {"level": {"enum": [7, 8]}, "loud": {"type": "boolean"}},
+        "required": ["level", "loud"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("play", "stop")]
+    named = {"type": "function", "function": {"name": "stop"}}
+    for choice, reason in (("required", "tool_calls"), (named, "stop")):
+        body = {**SUM, "tools": tools, "tool_choice": choice, "temperature": 1.0, "seed": 3, "max_tokens": 200}
+        body["parallel_tool_calls"] = False
+        if stream:
+            message = joined(server.stream(PATH, body))
+            calls, finish = message["calls"], message["finish_reason"]
+            assert not message.get("content")
+        else:
+            answer = server.ask(PATH, body)["choices"][0]
+            calls = [list(call["function"].values()) for call in answer["message"]["tool_calls"]]
+            finish = answer["finish_reason"]
+            assert not answer["message"]["content"]
+        assert finish == reason and len(calls) == 1
+        name, arguments = calls[0]
+        assert name == "stop" if choice is named else name in ("play", "stop")
+        values = json.loads(arguments)
+        assert values["level"] in (7, 8) and values["loud"] in (True, False) and len(values) == 2
+
+
+# -- structured output ------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def follows_schema(text: str) -> bool:
+    value = json.loads(text)
+    return isinstance(value["a"], int) and value["b"] in ("x", "y") and len(value) == 2
+
+
+CONSTRAINTS = [
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}, follows_schema),
+    ({"structured_outputs": {"json": SCHEMA}}, follows_schema),
+    ({"guided_json": SCHEMA}, follows_schema),
+    ({"guided_json": json.dumps(SCHEMA)}, follows_schema),
+    ({"structured_outputs": {"regex": "[0-9]{3}-[a-f]{2}"}}, lambda text: text[3] == "-" and len(text) == 6),
+    ({"guided_regex": "[0-9]{3}"}, lambda text: text.isdigit() and len(text) == 3),
+    ({"guided_choice": ["north", "south"]}, lambda text: text in ("north", "south")),
+    ({"structured_outputs": {"choice": ["up", "down"]}}, lambda text: text in ("up", "down")),
+    ({"guided_grammar": 'start: "(" start ")" | "z"'}, lambda text: text.strip("()") == "z"),
+]
+
+
+@pytest.mark.parametrize(("fields", "holds"), CONSTRAINTS, ids=lambda value: str(value)[:45])
+def test_the_form_of_an_answer_can_be_prescribed(server: Served, fields: dict[str, Any], holds: Any):
+    sampling = {"temperature": 1.0, "seed": 11, "max_tokens": 200}
+    text = server.ask(PATH, {**SUM, **sampling, **fields})["choices"][0]["message"]["content"]
+    assert holds(text), text
+    assert joined(server.stream(PATH, {**SUM, **sampling, **fields}))["content"] == text
+    completion = server.ask("/v1/completions", {"prompt": "x", **sampling, **fields})["choices"][0]["text"]
+    assert holds(completion), completion
+
+
+def test_json_mode_gives_an_object(server: Served):
+    body = {**SUM, "temperature": 1.0, "seed": 2, "max_tokens": 400, "response_format": {"type": "json_object"}}
+    choice = server.ask(PATH, body)["choices"][0]
+    if choice["finish_reason"] == "stop":
+        assert isinstance(json.loads(choice["message"]["content"]), dict)
+    assert choice["message"]["content"].lstrip().startswith("{")
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(server: Served):
+    for fields in (
+        {"guided_json": {"type": "object", "properties": {"a": {"type": "no such type"}}}},
+        {"guided_regex": "("},
+        {"guided_grammar": "start: undefined_rule"},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": 3}}}},
+    ):
+        for stream in (False, True):
+            answer = server.post(PATH, {**SUM, **fields, "stream": stream})
+            assert answer.status_code == 400, answer.text
+
+
+def test_a_constraint_begins_after_the_reasoning(clever: Served):
+    body = {**SUM, **THINK, "structured_outputs": {"choice": ["five", "six"]}}
+    message = clever.ask(PATH, body)["choices"][0]["message"]
+    assert message["reasoning"] and message["content"].strip() in ("five", "six")
+
+
+def test_a_thinking_budget_ends_the_reasoning(clever: Served):
+    free = clever.ask(PATH, {**SUM, **THINK})["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    answer = clever.ask(PATH, {**SUM, **THINK, "thinking_token_budget": 5})
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 6 < free
+    assert answer["choices"][0]["message"]["content"]

@@ -110,7 +110,7 @@ CHAT_ERRORS = [
     ({"chat_template_kwargs": {"chat_template": "/etc/passwd"}}, "--trust-request-chat-template"),
     ({"chat_template_kwargs": {"messages": []}}, "must not hold 'messages'"),
     ({"tool_choice": "required"}, "needs tools"),
-    ({"tools": [{"type": "function", "function": {"x": 1}}], "tool_choice": "none"}, "a function with a name"),
+    ({"tools": [{"type": "function", "function": {"x": 1}}], "tool_choice": "required"}, "a function with a name"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "what"}, "tool_choice must be"),
     ({"functions": [{"name": "f"}]}, "use tools"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),

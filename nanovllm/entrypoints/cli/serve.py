@@ -33,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
     given.setdefault("disable_log_stats", False)
     if arguments.model_tag is not None:
         given["model"] = arguments.model_tag
-    return run_loop(_serve(EngineArgs.from_kwargs(**given), serve_args(arguments)))
+    args = serve_args(arguments)
+    if args.reasoning_parser:
+        given["reasoning_parser"] = args.reasoning_parser
+    return run_loop(_serve(EngineArgs.from_kwargs(**given), args))
 
 
 async def _serve(engine_args: EngineArgs, args: ServeArgs) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -164,14 +165,18 @@ async def render_messages(context: ServeContext, request: ChatCompletionRequest)
                 message["role"] = "system"
 
     def render() -> TokensPrompt:
-        rendered = context.engine.input.render_chat(
-            messages,
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            chat_template_kwargs=variables,
-        )
+        try:
+            rendered = context.engine.input.render_chat(
+                messages,
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                chat_template_kwargs=variables,
+            )
+        except TypeError:  # what the tokenizer says of half a surrogate pair; this names it
+            json.dumps([messages, tools, variables], ensure_ascii=False).encode()
+            raise
         if request.add_special_tokens:
             rendered["prompt_token_ids"] = context.tokenizer.encode(rendered["prompt"])
         return rendered

@@ -52,6 +52,8 @@ class ServeContext:
     def __post_init__(self) -> None:
         if not self.model_names:
             self.model_names = self.args.served_model_name or [self.engine.model_config.model]
+        if not self.args.reasoning_parser:
+            self.args.reasoning_parser = self.engine.config.structured_outputs.reasoning_parser
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -85,17 +85,24 @@ class LimitBody:
         if int(length) > self._limit:
             await self._error().response(scope["path"])(scope, receive, send)
             return
-        received = 0
+        received, refused = 0, False
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, refused
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._limit:
-                raise self._error()
+                if not refused:
+                    refused = True
+                    await self._error().response(scope["path"])(scope, receive, send)
+                return {"type": "http.disconnect"}
             return message
 
-        await self.app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if not refused:
+                await send(message)
+
+        await self.app(scope, counted, unless_refused)
 
     def _error(self) -> ServeError:
         return ServeError(413, f"the body is larger than {self._limit} bytes (--max-request-body-size)")

@@ -69,7 +69,7 @@ def _prompt(
 
 def _separate(prompt: Any) -> list[str | list[int]]:
     if prompt is None or prompt == []:
-        raise ParameterError("Either prompt or prompt_embeds must be provided and non-empty.", "prompt", prompt)
+        raise ParameterError("prompt must be provided and non-empty", "prompt", prompt)
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
