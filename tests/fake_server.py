@@ -92,7 +92,7 @@ class FakeServer:
                 await self._write(writer, answer)
                 if answer.cut or answer.close:
                     return
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             writer.close()

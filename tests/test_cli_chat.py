@@ -266,7 +266,7 @@ def test_closed_standard_input_is_answered_in_one_line(chat: list[str], env: dic
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--url", "http://localhost:8000/v1"], "--url: this version does not talk to servers"),
+        (["--url", "http://localhost:8000/v1", "--dtype", "bfloat16"], "--dtype concerns an engine in this process"),
         (["-q", " "], "--quick: the message is empty"),
         (["-q", "caf\udce9"], "the message is not UTF-8 text (position 3)"),
         (["--system-prompt", "\udce9"], "--system-prompt is not UTF-8 text (position 0)"),
@@ -300,10 +300,10 @@ def test_a_model_that_cannot_chat_is_refused_before_anybody_types(
 # -- what is remembered ------------------------------------------------------------------------------------------------
 
 
-def words(messages: list[Message]) -> dict[str, list[int]]:
+def words(messages: list[Message]) -> tuple[dict[str, list[int]], int]:
     """A prompt with a token per word, and two around each message."""
     ids = [ord(word[0]) for message in messages for word in ["<", *message["content"].split(), ">"]]
-    return {"prompt_token_ids": [*ids, ord("<")]}
+    return {"prompt_token_ids": [*ids, ord("<")]}, len(ids) + 1
 
 
 def test_turns_are_forgotten_oldest_first_and_some_ahead():

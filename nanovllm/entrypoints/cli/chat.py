@@ -1,4 +1,4 @@
-"""``nanovllm chat``: a conversation with a model in this process.
+"""``nanovllm chat``: a conversation with a model in this process, or with a server.
 
 At a terminal, lines are edited and remembered, and Ctrl-C stops an answer, not the program. Through a pipe every line
 is a message, answered in order. Each prompt repeats the conversation so far, which the prefix cache makes cheap.
@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
-from contextlib import closing
-from typing import TYPE_CHECKING
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.entrypoints.cli.conversation import Conversation
+from nanovllm.entrypoints.cli.answers import Pieces, show
+from nanovllm.entrypoints.cli.conversation import Conversation, Message
 from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_field_flags, engine_args
 from nanovllm.entrypoints.cli.lines import interrupts_noted, is_typed, piped_lines, say, typed_lines
 from nanovllm.entrypoints.cli.loading import load_llm
 from nanovllm.entrypoints.cli.parser import CommandParser, MergeJson, UsageError, suggestion
 from nanovllm.entrypoints.cli.prompts import valid_text
-from nanovllm.entrypoints.cli.requests import sampling_params, stream
+from nanovllm.entrypoints.cli.remote import RemoteModel, TooLongError, add_remote_flags, check_remote_flags
+from nanovllm.entrypoints.cli.requests import sampling_params, stream_pieces
 from nanovllm.errors import ParameterError
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.entrypoints.llm import LLM
+    from nanovllm.inputs import TokensPrompt
 
 COMMANDS = {
     "/help": "list these commands",
@@ -53,7 +55,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--stats", action="store_true", help="after each answer, print its speed to standard error")
     parser.add_argument("--verbose", "-v", action="store_true", help="show the engine's messages")
-    parser.add_argument("--url", help=argparse.SUPPRESS)  # of vLLM's chat
+    add_remote_flags(parser)
     sampling = parser.add_argument_group(
         "sampling", "Defaults are the model's own (generation_config.json), and these where it has none."
     )
@@ -63,58 +65,100 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer messages until there are no more."""
-    if arguments.url is not None:
-        raise UsageError("--url: this version does not talk to servers; chat runs the model itself (--model)")
     given = {name: getattr(arguments, name) for name in _SAMPLING if hasattr(arguments, name)}
+    engine = engine_args(arguments, without=("seed",))
+    check_remote_flags(arguments, engine)
     SamplingParams(**given)  # refuses nonsense before a model is loaded
     for text, name in ((arguments.quick, "the message"), (arguments.system_prompt, "--system-prompt")):
         if text is not None:
             valid_text(text, name)
     if arguments.quick is not None and not arguments.quick.strip():
         raise UsageError("--quick: the message is empty")
-    with load_llm(engine_args(arguments, without=("seed",)), arguments.verbose) as llm:
-        chat = _Chat(llm, arguments, sampling_params(llm, given, None))
-        if arguments.quick is not None:
-            chat.reply(arguments.quick)
-        elif is_typed():
-            chat.run_typed()
-        else:
-            chat.run_piped()
+    if arguments.url is not None:
+        with RemoteModel(arguments.url, arguments.model_name, arguments.api_key, given) as model:
+            _converse(_remote_chat(model, arguments), arguments.quick)
+    else:
+        with load_llm(engine, arguments.verbose) as llm:
+            _converse(_local_chat(llm, arguments, given), arguments.quick)
     return 0
 
 
-class _Chat:
-    """Messages in, answers out."""
+def _local_chat(llm: LLM, arguments: argparse.Namespace, given: dict[str, Any]) -> _Chat:
+    model = llm.llm_engine.model_config
+    params = sampling_params(llm, given, None)
+    tokenizer = llm.get_tokenizer()
+    if tokenizer is None:
+        raise ParameterError("a chat needs a tokenizer", "skip_tokenizer_init", True)
+    tokenizer.get_chat_template()  # refuses a model that has none, before anybody types
 
-    def __init__(self, llm: LLM, arguments: argparse.Namespace, params: SamplingParams) -> None:
-        model = llm.llm_engine.model_config
-        tokenizer = llm.get_tokenizer()
-        if tokenizer is None:
-            raise ParameterError("a chat needs a tokenizer", "skip_tokenizer_init", True)
-        tokenizer.get_chat_template()  # refuses a model that has none, before anybody types
-        self._llm = llm
-        self._params = params
-        self._stats: bool = arguments.stats
-        self._banner = f"{model.model}, a context of {model.max_model_len} tokens. /help lists commands, Ctrl-D ends."
-        self._conversation = Conversation(
-            lambda messages: llm.llm_engine.input.render_chat(
-                messages, chat_template_kwargs=arguments.chat_template_kwargs
-            ),
-            model.max_model_len,
-            params.max_tokens,
-            arguments.system_prompt,
-        )
+    def render(messages: list[Message]) -> tuple[TokensPrompt, int]:
+        kwargs = arguments.chat_template_kwargs
+        prompt = llm.llm_engine.input.render_chat(messages, chat_template_kwargs=kwargs)
+        return prompt, len(prompt["prompt_token_ids"])
+
+    return _Chat(
+        Conversation(render, model.max_model_len, params.max_tokens, arguments.system_prompt),
+        lambda prompt: stream_pieces(llm, prompt, params),
+        f"{model.model}, a context of {model.max_model_len} tokens.",
+        arguments.stats,
+    )
+
+
+def _remote_chat(model: RemoteModel, arguments: argparse.Namespace) -> _Chat:
+    return _Chat(
+        Conversation(lambda messages: (messages, 0), model.context or sys.maxsize, None, arguments.system_prompt),
+        lambda messages: model.chat(messages, arguments.chat_template_kwargs),
+        model.banner,
+        arguments.stats,
+        remote=True,
+    )
+
+
+def _converse(chat: _Chat, quick: str | None) -> None:
+    if quick is not None:
+        chat.reply(quick)
+    elif is_typed():
+        chat.run_typed()
+    else:
+        chat.run_piped()
+
+
+class _Chat:
+    """Messages in, answers out.
+
+    Args:
+        answer: makes the pieces of an answer from what the conversation renders.
+        banner: says who answers.
+        stats: say how fast each answer was.
+        remote: a server answers, and waiting for it can be interrupted anywhere; a step of an engine cannot.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation[Any],
+        answer: Callable[[Any], Pieces],
+        banner: str,
+        stats: bool,
+        remote: bool = False,
+    ) -> None:
+        self._conversation = conversation
+        self._answer = answer
+        self._banner = banner
+        self._stats = stats
+        self._remote = remote
+        self._typed = False
 
     def run_typed(self) -> None:
         """Converse with somebody at a terminal: nothing but the end of input ends it."""
-        say(self._banner)
+        self._typed = True
+        say(f"{self._banner} /help lists commands, Ctrl-D ends.")
         with closing(typed_lines("> ")) as lines:  # closed at once, so that the history of lines is saved
             for line in lines:
                 try:
-                    with interrupts_noted() as interrupted:
+                    with nullcontext(lambda: False) if self._remote else interrupts_noted() as interrupted:
                         if not self._take(line, interrupted):
                             return
-                except ParameterError as error:
+                except (ParameterError, UsageError) as error:
                     say(f"nanovllm: {error}")
 
     def run_piped(self) -> None:
@@ -125,33 +169,28 @@ class _Chat:
 
     def reply(self, message: str, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Stream the answer to a message to standard output."""
-        start = time.perf_counter()
         prompt, forgotten = self._conversation.ask(message)
-        if forgotten:
-            say(f"(the context is full: {forgotten} of the oldest turns are forgotten)")
-        text, arrivals, num_cached, finish_reason = "", [], None, None
+        answer = None
         try:
-            with closing(stream(self._llm, prompt, self._params)) as outputs:
-                for output in outputs:
-                    piece = output.outputs[0]
-                    arrivals += [time.perf_counter()] * len(piece.token_ids)
-                    num_cached, finish_reason = output.num_cached_tokens, piece.finish_reason
-                    text += piece.text
-                    sys.stdout.write(piece.text)
-                    sys.stdout.flush()
-                    if interrupted():
-                        break
+            while answer is None:
+                if forgotten:
+                    say(f"(the context is full: {forgotten} of the oldest turns are forgotten)")
+                try:
+                    answer = show(
+                        self._answer(prompt),
+                        stats=self._stats,
+                        interrupted=interrupted,
+                        stop_on_interrupt=self._typed and self._remote,
+                    )
+                except TooLongError:
+                    prompt, forgotten = self._conversation.shorten()
+                    if not forgotten:
+                        raise
         finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        if text or finish_reason is not None:
-            self._conversation.answer(text)
-        else:
-            self._conversation.take_back()
-        if finish_reason is None:
-            say("(stopped)")
-        if self._stats and arrivals:
-            say(_speed(start, arrivals, len(prompt["prompt_token_ids"]), num_cached or 0))
+            if answer is None or not (answer.text or answer.finish_reason):
+                self._conversation.take_back()
+            else:
+                self._conversation.answer(answer.text)
 
     def _take(self, line: str, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Do what a line asks for; False if that is to end."""
@@ -174,13 +213,3 @@ class _Chat:
         elif command:
             self.reply(line, interrupted)
         return True
-
-
-def _speed(start: float, arrivals: list[float], num_prompt_tokens: int, num_cached_tokens: int) -> str:
-    """One line about an answer, from the times its tokens arrived."""
-    first, last = arrivals[0], arrivals[-1]
-    rate = f"{(len(arrivals) - 1) / (last - first):.1f} tokens/s, " if last > first else ""
-    return (
-        f"[{rate}TTFT {first - start:.3f} s, {len(arrivals)} tokens; "
-        f"prompt {num_prompt_tokens} tokens, {num_cached_tokens} from the cache]"
-    )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from nanovllm.errors import ParameterError
 
-if TYPE_CHECKING:
-    from nanovllm.inputs import TokensPrompt
-
 Message = dict[str, str]
+Prompt = TypeVar("Prompt")
 
 
-class Conversation:
+class Conversation(Generic[Prompt]):
     """Messages, and the prompt they make.
 
     Args:
-        render: makes a prompt of messages.
+        render: makes a prompt of messages, and tells how many tokens it has; 0 if that is not known.
         context: tokens that prompt and answer share.
         answer_len: most tokens of an answer; None if there is no limit but the context.
         system_prompt: a system message that stays whatever else is forgotten.
@@ -28,7 +26,7 @@ class Conversation:
 
     def __init__(
         self,
-        render: Callable[[list[Message]], TokensPrompt],
+        render: Callable[[list[Message]], tuple[Prompt, int]],
         context: int,
         answer_len: int | None = None,
         system_prompt: str | None = None,
@@ -40,7 +38,7 @@ class Conversation:
         self._reserve = min(context // 4, answer_len or context)
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
 
-    def ask(self, question: str) -> tuple[TokensPrompt, int]:
+    def ask(self, question: str) -> tuple[Prompt, int]:
         """Add a question.
 
         Returns:
@@ -51,21 +49,32 @@ class Conversation:
                 was added or forgotten.
         """
         turns: list[tuple[str, str | None]] = [*self.turns, (question, None)]
-        prompt = self._render(self._messages(turns))
+        prompt, length = self._render(self._messages(turns))
         limit = self._context - self._reserve
-        if len(prompt["prompt_token_ids"]) > limit:
+        if length > limit:
             # Forget more than is needed now: the turns that follow then find their prefix in the cache, instead of
             # moving the beginning of the prompt every time.
-            while len(turns) > 1 and len(prompt["prompt_token_ids"]) > limit - self._context // 4:
+            while len(turns) > 1 and length > limit - self._context // 4:
                 del turns[0]
-                prompt = self._render(self._messages(turns))
-        if len(prompt["prompt_token_ids"]) >= self._context:
+                prompt, length = self._render(self._messages(turns))
+        if length >= self._context:
             raise ParameterError(
-                f"the message is too long: with it alone the prompt has {len(prompt['prompt_token_ids'])} tokens, and "
+                f"the message is too long: with it alone the prompt has {length} tokens, and "
                 f"the context is {self._context}"
             )
         forgotten = len(self.turns) + 1 - len(turns)
         self.turns = turns
+        return prompt, forgotten
+
+    def shorten(self) -> tuple[Prompt, int]:
+        """Forget the oldest quarter of the turns before the question asked last, because it did not fit.
+
+        Returns:
+            The prompt that is left, and the number of turns that were forgotten: 0 if there were none.
+        """
+        forgotten = (len(self.turns) - 1 + 3) // 4
+        del self.turns[:forgotten]
+        prompt, _ = self._render(self._messages(self.turns))
         return prompt, forgotten
 
     def answer(self, text: str) -> None:

@@ -19,8 +19,10 @@ from nanovllm.errors import ModelError, ParameterError
 COMMANDS = {
     "generate": ("nanovllm.entrypoints.cli.generate", "answer a prompt, or complete it, in this process"),
     "serve": ("nanovllm.entrypoints.cli.serve", "serve a model over HTTP, as OpenAI's API"),
-    "chat": ("nanovllm.entrypoints.cli.chat", "converse with a model, in this process"),
-    "bench": ("nanovllm.entrypoints.cli.bench", "measure throughput or latency"),
+    "chat": ("nanovllm.entrypoints.cli.chat", "converse with a model, in this process or on a server"),
+    "complete": ("nanovllm.entrypoints.cli.complete", "continue texts, in this process or on a server"),
+    "run-batch": ("nanovllm.entrypoints.cli.run_batch", "answer a file of API requests, in this process"),
+    "bench": ("nanovllm.entrypoints.cli.bench", "measure throughput, latency, start-up, or a server"),
     "collect-env": ("nanovllm.entrypoints.cli.collect_env", "describe this machine and installation for a bug report"),
     "completion": ("nanovllm.entrypoints.cli.completion", "print a script that completes this command in a shell"),
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.entrypoints.cli.answers import Piece, Pieces
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -51,3 +53,17 @@ def stream(llm: LLM, prompt: PromptType, params: SamplingParams) -> Generator[Re
             yield from engine.step()
     finally:
         engine.abort_request(request_id)
+
+
+def stream_pieces(llm: LLM, prompt: PromptType, params: SamplingParams) -> Pieces:
+    """`stream`, as the pieces of one answer."""
+    with closing(stream(llm, prompt, params)) as outputs:
+        for output in outputs:
+            new = output.outputs[0]
+            yield Piece(
+                new.text,
+                len(new.token_ids),
+                new.finish_reason,
+                num_prompt_tokens=len(output.prompt_token_ids),
+                num_cached_tokens=output.num_cached_tokens or 0,
+            )
