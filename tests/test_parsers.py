@@ -375,6 +375,8 @@ def test_reasoning_that_the_prompt_has_closed_is_over():
     assert content("user: ?\nassistant: <think>\n") is None
     assert content("assistant: <think>a</think>b\nuser: ?\nassistant: ") is None  # an earlier message's
     assert content("assistant: <think>a</think>b", continue_final_message=True) == "So."
+    assert content("assistant: b", continue_final_message=True) == "So."
+    assert content("assistant: <think>a", continue_final_message=True) is None
 
 
 def test_in_reasoning_says_where_the_answer_stands():

@@ -38,10 +38,10 @@ class ReasoningParser:
         """Whether the prompt ends with finished reasoning.
 
         An earlier message of the conversation may hold reasoning too, so the end marker must be the last thing in the
-        prompt; unless the prompt ends within a message that the model is to continue.
+        prompt. A message that the model is to continue is beyond its reasoning unless that is open.
         """
         if continue_final_message:
-            return prompt.rfind(self.end) > prompt.rfind(self.start)
+            return prompt.rfind(self.end) >= prompt.rfind(self.start)
         return prompt.rstrip().endswith(self.end)
 
     def read(self, source: Source, emit: Emitter) -> Steps[None]:

@@ -83,7 +83,8 @@ class _Call:
             stored = store.get(body.previous_response_id, "previous_response_id")
             if stored.task is not None:
                 raise ServeError(400, "the previous response is not finished", "previous_response_id")
-            earlier = [*stored.messages, *conversation(stored.response["output"])]
+            answered = stored.response["output"]
+            earlier = [*stored.messages, *(conversation(answered) if answered else [])]
         new = conversation(body.input)
         fields = {
             "model": body.model,

@@ -17,10 +17,12 @@ def conversation(given: str | Sequence[Any], where: str = "input") -> list[Messa
     """Messages of input items. What the assistant thought, said and called in a row becomes one message.
 
     Raises:
-        ParameterError: an item or a content part that this version cannot read, by its place.
+        ParameterError: there are none, or an item or a content part that this version cannot read, by its place.
     """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
+    if not given:
+        raise ParameterError("must not be empty", where, given)
     messages: list[Message] = []
     for index, item in enumerate(given):
         place = f"{where}[{index}]"
