@@ -65,7 +65,7 @@ class BlockPool:
         for _ in range(count):
             block, _none = pop(last=False)
             if self.hash_of[block] is not None:
-                self._forget(block)
+                self.forget(block)
             self.ref_count[block] = 1
             blocks.append(block)
         return blocks
@@ -107,10 +107,11 @@ class BlockPool:
         if self.num_free != self.num_usable:
             return False
         for block in list(self.cached.values()):
-            self._forget(block)
+            self.forget(block)
         return True
 
-    def _forget(self, block: int) -> None:
+    def forget(self, block: int) -> None:
+        """Make a block unfindable, whoever owns it."""
         block_hash = self.hash_of[block]
         self.hash_of[block] = None
         if block_hash is not None and self.cached.get(block_hash) == block:

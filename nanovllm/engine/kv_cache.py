@@ -93,6 +93,11 @@ class KVCacheManager:
                 self.pool.register(request.blocks[index], chain[index])
         request.num_registered = full
 
+    def distrust(self, request: Request) -> None:
+        """Let nobody find the blocks of a request any more."""
+        for block in request.blocks:
+            self.pool.forget(block)
+
     def free(self, request: Request) -> None:
         """Drop all blocks of a request, once."""
         self.pool.release(request.blocks)

@@ -299,6 +299,7 @@ class Scheduler:
                     any_finished = True
                 continue
             if sample in result.failed:
+                self.kv.distrust(request)  # what made it fail may be in its keys and values
                 self._finish(request, "error")
                 outputs.append(EngineOutput(request.request_id, [], "error", result.failed[sample]))
                 any_finished = True

@@ -17,7 +17,7 @@ from nanovllm.runner.guidance import Guidance, apply_limits
 from nanovllm.runner.input_batch import InputBatch, StepInput
 from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
 from nanovllm.runner.logprobs import gather_logprobs
-from nanovllm.runner.sampler import Sampler
+from nanovllm.runner.sampler import Sampler, mark_invalid
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -26,21 +26,27 @@ if TYPE_CHECKING:
 # Prompt positions whose logits exist at a time: [PROMPT_ROWS, vocab] float32 is 39 MB for a vocabulary of 152k.
 PROMPT_ROWS = 64
 
+NOT_FINITE = "the model's logits are not finite numbers"
+
 
 @dataclass(slots=True)
 class PendingStep:
     """A step that has been launched; its tokens may still be on their way on the device."""
 
-    token_ids: Tensor  # int64 [S]
+    token_ids: Tensor  # int64 [S]; -1: the row's logits are no numbers
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     limits: Limits | None = None  # on the tokens
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
-        result = StepResult(self.token_ids.tolist(), self.logprobs, self.prompt_logprobs)
+        token_ids = self.token_ids.tolist()
+        result = StepResult(token_ids, self.logprobs, self.prompt_logprobs)
         if self.limits is not None:
-            result.complete, result.failed = self.limits.complete, self.limits.judge(result.token_ids)
+            result.complete, result.failed = self.limits.complete, self.limits.judge(token_ids)
+        if -1 in token_ids:
+            invalid = [index for index, token in enumerate(token_ids) if token == -1]
+            result.failed = {**dict.fromkeys(invalid, NOT_FINITE), **result.failed}
         return result
 
 
@@ -107,7 +113,7 @@ class ModelRunner:
         self.batch.append(rows, positions, token_ids)
         if guidance is not None:
             self.guidance.end(guidance, token_ids)
-        return PendingStep(token_ids, logprobs, prompt_logprobs, limits)
+        return PendingStep(mark_invalid(token_ids, logits), logprobs, prompt_logprobs, limits)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""

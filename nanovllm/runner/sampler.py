@@ -116,3 +116,13 @@ class Sampler:
             results = gather_logprobs(scores.index_select(0, index), chosen.index_select(0, index), count)
             found.update(zip(wanted[which].tolist(), results, strict=True))
         return found
+
+
+def mark_invalid(token_ids: Tensor, logits: Tensor) -> Tensor:
+    """-1 instead of the tokens [S] of rows that are NaN, or have nothing but -inf.
+
+    Only the chosen tokens' values are looked at: in such a row all values are the same, in the logits [S, V] as the
+    model gave them and in what the choice has left of them.
+    """
+    sizes = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).abs_()
+    return torch.where(sizes < torch.inf, token_ids, -1)  # NaN is not less either
