@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from nanovllm.errors import ParameterError
 from nanovllm.ops import AttentionMetadata, reference
-from nanovllm.ops.cuda import attention
+from nanovllm.ops.cuda import attention, varlen
 from nanovllm.ops.cuda.attention import Tiles, TritonAttention, decode_tiles, long_tiles
 from nanovllm.ops.cuda.attention_plan import cut_queries, split_decodes
+from nanovllm.ops.cuda.varlen import VarlenAttention
 
 Row = tuple[int, int]  # tokens in the cache before the step, new tokens
 SCALE = 0.37
@@ -205,3 +209,64 @@ def test_tiles_fit_into_shared_memory(shared_memory: int, head_dim: int, itemsiz
     for choose in (decode_tiles, long_tiles):
         tiles = choose(head_dim, itemsize, shared_memory)
         assert tiles.lines * head_dim * itemsize + tiles.stages * 2 * tiles.keys * head_dim * itemsize <= shared_memory
+
+
+# ---- torch's flash attention for longer queries -------------------------------------------------------------------
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """What torch's function of this name does on a GPU, one query at a time: causal, aligned to the end."""
+    assert enable_gqa and window_size[1] == 0
+    out = torch.empty_like(query)
+    group = query.shape[1] // key.shape[-2]
+    for row in range(len(cu_seq_q) - 1):
+        if block_table is None:
+            assert cu_seq_k is not None
+            k, v = (x[cu_seq_k[row] : cu_seq_k[row + 1]] for x in (key, value))
+        else:
+            assert seqused_k is not None
+            k, v = (x[block_table[row].long()].flatten(0, 1)[: seqused_k[row]] for x in (key, value))
+        k, v = (x.repeat_interleave(group, 1).double() for x in (k, v))
+        first, end = int(cu_seq_q[row]), int(cu_seq_q[row + 1])
+        assert end - first <= max_q and len(k) <= max_k
+        for i in range(first, end):
+            last = len(k) - (end - i)
+            begin = max(0, last - window_size[0]) if window_size[0] >= 0 else 0
+            p = (torch.einsum("hd,khd->hk", query[i].double(), k[begin : last + 1]) * scale).softmax(-1)
+            out[i] = torch.einsum("hk,khd->hd", p, v[begin : last + 1])
+    return out
+
+
+@pytest.mark.parametrize("block_size", [4, 256])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("rows", [[(20, 1), (3, 1), (9, 4), (0, 7)], [(5, 3)]])
+def test_torch_varlen(block_size: int, window: int | None, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(varlen, "_varlen_attn", lambda: (varlen_attn, set(signature(varlen_attn).parameters)))
+    batch = make_batch(rows, block_size=block_size, dtype=torch.float16)
+    meta, q, k_cache, v_cache = batch
+    ops = VarlenAttention(3, 100_000)
+    ops.prepare_attention(meta, [window], q.dtype)
+    ours = ops.paged_attention(q, k_cache, v_cache, meta, SCALE, window)
+    wanted = reference.paged_attention(q.double(), k_cache.double(), v_cache.double(), meta, SCALE, window)
+    torch.testing.assert_close(ours.double(), wanted, atol=2e-3, rtol=2e-3)
+
+
+def test_torch_varlen_is_refused_where_torch_has_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "_varlen_attn", lambda: (varlen_attn, {"query", "is_causal"}))
+    with pytest.raises(ParameterError, match="use 'triton'"):
+        VarlenAttention(3, 100_000)

@@ -38,23 +38,39 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
 
 
 def operator_table(device: str, attention_backend: str | None = None, quantization: str | None = None) -> Operators:
-    """The operators of ``device`` ("cpu"), for one engine: torch's, but for those the device does better.
+    """The operators of ``device`` ("cpu" or "cuda"), for one engine: torch's, but for those the device does better.
 
-    ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's.
-    ``quantization`` ("int8", "int4" or "w8a8") is what ``pack_linear`` does to a weight. Raises ParameterError for what
-    does not exist.
+    ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's, and a
+    GPU has some of its own. ``quantization`` ("int8", "int4", "w8a8", on a GPU "fp8" too) is what ``pack_linear`` does
+    to a weight. Raises ParameterError for what does not exist.
     """
-    from nanovllm.ops import cpu
-
-    if device != "cpu":
-        raise ParameterError("no operators for this device; choose 'cpu'", "device", device)
-    if attention_backend is None:
-        return cpu.operators(torch_operators(), quantization)
+    if device not in ("cpu", "cuda"):
+        raise ParameterError("no operators for this device; choose 'cpu' or 'cuda'", "device", device)
+    own = _own_backends(device)
+    if attention_backend not in (None, *own, *ATTENTION_BACKENDS):
+        choices = ", ".join((*own, *ATTENTION_BACKENDS))
+        raise ParameterError(f"on {device}, choose one of {choices}", "attention_backend", attention_backend)
     if attention_backend not in ATTENTION_BACKENDS:
-        raise ParameterError(f"choose one of {', '.join(ATTENTION_BACKENDS)}", "attention_backend", attention_backend)
+        return _own_operators(device, torch_operators(), attention_backend, quantization)
     torchs = torch_operators(attention_backend)
     return replace(
-        cpu.operators(torchs, quantization),
+        _own_operators(device, torchs, None, quantization),
         prepare_attention=torchs.prepare_attention,
         paged_attention=torchs.paged_attention,
     )
+
+
+def _own_backends(device: str) -> tuple[str, ...]:
+    from nanovllm.ops import cuda
+
+    return cuda.ATTENTION_BACKENDS if device == "cuda" else ()
+
+
+def _own_operators(device: str, base: Operators, attention_backend: str | None, quantization: str | None) -> Operators:
+    if device == "cuda":
+        from nanovllm.ops import cuda
+
+        return cuda.operators(base, cuda.Hardware.of_current_device(), attention_backend, quantization)
+    from nanovllm.ops import cpu
+
+    return cpu.operators(base, quantization)

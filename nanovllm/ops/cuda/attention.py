@@ -63,16 +63,35 @@ class LongPlan:
     seq_lens: Tensor  # int32 [B]
     query_start: Tensor  # int32 [B + 1]
     query_start_host: Array
+    seq_lens_host: Array
     first_row: int
-    tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _gathered: tuple[Tensor, Tensor] | None = None
 
     def cut(self, queries: int) -> tuple[Tensor, Tensor]:
         """Row and first query of every tile of ``queries`` queries, int32 on the device."""
-        if queries not in self.tiles:
+        if queries not in self._tiles:
             tile_row, tile_first = cut_queries(self.query_start_host, self.first_row, queries)
             both = to_device(np.stack([tile_row, tile_first]), self.seq_lens.device)
-            self.tiles[queries] = both[0], both[1]
-        return self.tiles[queries]
+            self._tiles[queries] = both[0], both[1]
+        return self._tiles[queries]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest of these rows."""
+        return int(self.seq_lens_host[self.first_row :].max())
+
+    def gathered(self, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """Slots of all tokens of these rows, one after the other (int64), and where each row begins (int32 [n + 1])."""
+        if self._gathered is None:
+            lengths = self.seq_lens[self.first_row :]
+            total = int(self.seq_lens_host[self.first_row :].sum())  # known: the device need not be asked
+            rows = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths, output_size=total)
+            starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            position = torch.arange(total, device=table.device) - starts[rows]
+            blocks = table[self.first_row :][rows, position // block_size].long()
+            self._gathered = blocks * block_size + position % block_size, starts.int()
+        return self._gathered
 
 
 @dataclass(slots=True)
@@ -127,7 +146,7 @@ class TritonAttention:
         on_device = to_device(packed, meta.block_table.device)
         plan = self.view_plan(on_device[:size], decodes) if decodes else Plan(None, None)
         if query_start[-1] > decodes:
-            plan.long = LongPlan(*on_device[size:].split([rows, rows + 1]), query_start, decodes)
+            plan.long = LongPlan(*on_device[size:].split([rows, rows + 1]), query_start, seq_lens, decodes)
         meta.backend = plan
 
     # ---- launches --------------------------------------------------------------------------------------------------
@@ -141,14 +160,14 @@ class TritonAttention:
         cache = (*k_cache.stride()[:3],)
         if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1 or table.stride(1) != 1:
             raise ValueError("the caches must be laid out alike, heads and rows of the block table without gaps")
-        layer = _Layer(q, k_cache, v_cache, out, table, window or 0, cache, scale * _LOG2_E)
+        layer = Layer(q, k_cache, v_cache, out, table, window or 0, cache, scale)
         if plan.decodes is not None:
             self._decode(layer, plan.decodes)
         if plan.long is not None:
             self._long(layer, plan.long)
         return out
 
-    def _decode(self, layer: _Layer, plan: DecodePlan) -> None:
+    def _decode(self, layer: Layer, plan: DecodePlan) -> None:
         q, (heads, group, head_dim, head_pad) = layer.q, layer.shape
         capacity, rows = plan.item_row.shape[0], plan.seq_lens.shape[0]
         partial = torch.empty((capacity, heads, head_dim), dtype=torch.float32, device=q.device)
@@ -164,7 +183,7 @@ class TritonAttention:
             partial, partial_lse, layer.out, plan.item_start, H=heads, D=head_dim, D_PAD=head_pad, PIECES=16
         )
 
-    def _long(self, layer: _Layer, plan: LongPlan) -> None:
+    def _long(self, layer: Layer, plan: LongPlan) -> None:
         q, (heads, group, head_dim, head_pad) = layer.q, layer.shape
         tiles = long_tiles(head_pad, q.element_size(), self._shared_memory)
         lines = max(tiles.lines, triton.next_power_of_2(group))
@@ -179,7 +198,7 @@ class TritonAttention:
 
 
 @dataclass(slots=True)
-class _Layer:
+class Layer:
     """One call's arguments, as both kernels take them."""
 
     q: Tensor
@@ -189,7 +208,7 @@ class _Layer:
     table: Tensor
     window: int  # 0: none
     cache_strides: tuple[int, ...]
-    scale: float  # in base 2
+    scale: float
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -199,5 +218,5 @@ class _Layer:
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """Stride of the block table, window, block size, strides of the caches, scale."""
-        return (self.table.stride(0), self.window, self.k_cache.shape[1], *self.cache_strides, self.scale)
+        """Stride of the block table, window, block size, strides of the caches, scale in base 2."""
+        return (self.table.stride(0), self.window, self.k_cache.shape[1], *self.cache_strides, self.scale * _LOG2_E)

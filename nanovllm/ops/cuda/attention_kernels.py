@@ -1,8 +1,8 @@
 """Triton kernels of paged attention: decodes with their history split, its pieces merged; tiles of longer queries.
 
 Keys and values are read where they lie, once per KV head for all query heads of its group (GQA), with an online softmax
-(Milakov and Gimelshein 2018) in base 2. A score is ``q . k * scale`` in float32, whatever the dtype of q. Keys and values
-may be stored in another dtype than q's (float8): they are converted as they arrive.
+(Milakov and Gimelshein 2018) in base 2. A score is ``q . k * scale`` in float32, whatever the dtype of q. Keys and
+values may be stored in another dtype than q's (float8): they are converted as they arrive.
 
 D is the head size; tiles have D_PAD >= D columns, a power of two >= 16, because matrix units want that.
 """

@@ -1,0 +1,34 @@
+"""The Triton kernels compile to machine code of GPUs that are not here: what the interpreter cannot tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "_rms_norm", "_gated", "_norm_rotate_write", "_copy_blocks", "decode_kernel", "merge_kernel", "tile_kernel",
+    "_product", "_quantize_rows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 163), (90, 227)])
+def test_every_kernel_compiles_and_fits(capability: int, shared_memory: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("cuda_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    assert {kernel["kernel"] for kernel in compiled} == KERNELS
+    for kernel in compiled:
+        assert kernel["bytes"] and kernel["shared"] <= shared_memory << 10
+        if kernel["kernel"] in ("decode_kernel", "tile_kernel"):
+            assert kernel["tensor cores"]
