@@ -259,7 +259,7 @@ class EngineArgs:
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _one_of("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256",))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
-        _one_of("quantization", self.quantization, (None, "int8", "int4", "w8a8"))
+        _one_of("quantization", self.quantization, (None, "int8", "int4", "w8a8", "fp8"))
         _one_of("distributed_executor_backend", self.distributed_executor_backend, (None, "uni"))
         modes = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
         _one_of("logprobs_mode", self.logprobs_mode, modes)

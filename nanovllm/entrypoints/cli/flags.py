@@ -30,7 +30,7 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "use_modelscope": "look hub ids up on ModelScope instead of Hugging Face",
         "load_format": "dummy makes random weights",
         "trust_remote_code": "let transformers run code that comes with the checkpoint",
-        "quantization": "int8, int4 or w8a8: quantise the weights as they are loaded",
+        "quantization": "int8, int4, w8a8 or (on a GPU) fp8: quantise the weights as they are loaded",
         "generation_config": "auto (the model's sampling defaults), vllm (none), or a folder with that file",
         "override_generation_config": "JSON object laid over generation_config.json",
         "seed": "of every random draw of requests that bring no seed of their own",
