@@ -57,7 +57,8 @@ def test_a_client_that_leaves_frees_the_engine_at_once(narrow: Served, stream: b
 def test_a_client_that_leaves_a_stream_it_was_reading_frees_the_engine(narrow: Served):
     with narrow.client.stream("POST", CHAT, json={**LONG, "messages": [{"role": "user", "content": "Hi"}],
                                                   "stream": True}) as answer:  # fmt: skip
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
     narrow.wait_until_idle(2.0)
 
 
@@ -89,7 +90,8 @@ def test_load_counts_requests_under_way():
         served("--enable-server-load-tracking") as server,
         server.client.stream("POST", COMPLETIONS, json={**LONG, "stream": True}) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         assert server.client.get("/load").json() == {"server_load": 1}
 
 
