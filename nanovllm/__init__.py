@@ -18,9 +18,14 @@ _EXPORTS = {
     "AsyncEngineArgs": "nanovllm.config",
     "SamplingParams": "nanovllm.sampling_params",
     "BeamSearchParams": "nanovllm.sampling_params",
+    "PoolingParams": "nanovllm.pooling_params",
     "RequestOutputKind": "nanovllm.sampling_params",
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
+    "PoolingOutput": "nanovllm.outputs",
+    "PoolingRequestOutput": "nanovllm.outputs",
+    "EmbeddingOutput": "nanovllm.outputs",
+    "EmbeddingRequestOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "TextPrompt": "nanovllm.inputs",
     "TokensPrompt": "nanovllm.inputs",
@@ -35,7 +40,16 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.entrypoints.llm import LLM
     from nanovllm.inputs import PromptType, TextPrompt, TokensPrompt
-    from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+    from nanovllm.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        PoolingOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+    )
+    from nanovllm.pooling_params import PoolingParams
     from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 

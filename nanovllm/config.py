@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from nanovllm.errors import ModelError, ParameterError
 from nanovllm.hub import DEMO_MODEL, resolve_model_path
+from nanovllm.pooling_params import PoolingConfig, override_pooling, read_pooling
 
 logger = logging.getLogger("nanovllm")
 
@@ -24,7 +25,6 @@ logger = logging.getLogger("nanovllm")
 RETIRED = {
     "swap_space": "preempted requests are recomputed, nothing is swapped",
     "task": "the task follows from the method you call",
-    "runner": "the runner follows from the model",
     "max_seq_len_to_capture": "graphs are chosen by batch size",
     "use_v2_block_manager": "there is one block manager",
     "num_scheduler_steps": "a step is one forward pass; planning overlaps with it",
@@ -112,6 +112,7 @@ class EngineConfig:
     tensor_parallel_size: int
     log_stats: bool = False  # a line in the log every ten seconds of work
     structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
 
 
 @dataclass
@@ -147,6 +148,9 @@ class EngineArgs:
     attention_backend: str | None = None
     reasoning_parser: str | None = None
     structured_outputs_config: dict[str, Any] = field(default_factory=dict)
+    runner: str = "auto"
+    convert: str = "auto"
+    pooler_config: dict[str, Any] = field(default_factory=dict)
     block_size: int | None = None
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
@@ -249,6 +253,9 @@ class EngineArgs:
             enforce_eager=self.enforce_eager,
             tensor_parallel_size=self.tensor_parallel_size,
             structured_outputs=self._structured_outputs(),
+            pooling=override_pooling(
+                read_pooling(path, hf_config, architecture), self.runner, self.convert, self.pooler_config
+            ),
             log_stats=not self.disable_log_stats,
         )
 

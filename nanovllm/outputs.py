@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(slots=True)
@@ -139,6 +142,74 @@ class RequestOutput:
         return (
             f"RequestOutput(request_id={self.request_id!r}, prompt={prompt}, finished={self.finished}, "
             f"num_cached_tokens={self.num_cached_tokens}, outputs={self.outputs!r})"
+        )
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """A text's vector.
+
+    Attributes:
+        data: float32 [dimensions].
+    """
+
+    data: np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A text's vector as a list."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of the vector."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput:
+    """What a request for a vector yields.
+
+    Attributes:
+        request_id: the request's id.
+        outputs: the vector.
+        prompt_token_ids: the prompt's tokens.
+        num_cached_tokens: prompt tokens whose computation the prefix cache saved.
+        finished: always True: there is one output.
+        metrics: when things happened.
+    """
+
+    request_id: str
+    outputs: PoolingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+    metrics: RequestStateStats | None = None
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What `LLM.embed` returns for a prompt; the fields are those of `PoolingRequestOutput`."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+    metrics: RequestStateStats | None = None
+
+    @classmethod
+    def from_pooling(cls, output: PoolingRequestOutput) -> EmbeddingRequestOutput:
+        """The same, its vector as a list."""
+        return cls(
+            output.request_id,
+            EmbeddingOutput(output.outputs.data.tolist()),
+            output.prompt_token_ids,
+            output.num_cached_tokens,
+            output.finished,
+            output.metrics,
         )
 
 

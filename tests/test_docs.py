@@ -173,7 +173,7 @@ def test_documents_hold_no_paths_of_a_machine(page: Path):
 
 # -- rooms -------------------------------------------------------------------------------------------------------------
 
-SHARED = {"config", "errors", "hub", "inputs", "outputs", "sampling_params"}
+SHARED = {"config", "errors", "hub", "inputs", "outputs", "pooling_params", "sampling_params"}
 
 
 def imports(file: Path) -> Iterator[str]:

@@ -21,10 +21,12 @@ from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace, make_core
 from nanovllm.engine.family import child_ids
 from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
+from nanovllm.engine.output import AnyOutput
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
 from nanovllm.engine.thread_core import Listener, ThreadCore
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import PoolingRequestOutput, RequestOutput
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -195,6 +197,7 @@ class AsyncLLM(EngineFace):
                 self.stats.add(ids, arrival)
                 self._core.send(Add(request_id, prepared, self._next_seed(), priority))
             finished = False
+            output: AnyOutput | BaseException
             while not finished:
                 if stream.end is not None:
                     output = stream.end
@@ -205,6 +208,7 @@ class AsyncLLM(EngineFace):
                     continue
                 if isinstance(output, BaseException):
                     raise output
+                assert isinstance(output, RequestOutput)
                 finished = output.finished
                 if finished:
                     self.stats.finished(output, params)
@@ -216,6 +220,46 @@ class AsyncLLM(EngineFace):
             final = self._abort(request_id)
             if final is not None:
                 self.stats.finished(final, params)
+            self._streams.pop(request_id, None)
+            self._aborted.discard(request_id)
+
+    async def encode(
+        self,
+        prompt: PromptType,
+        pooling_params: PoolingParams | None,
+        request_id: str,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Yield the vector of a prompt, the only output there is. Leaving early aborts the request.
+
+        Raises:
+            ParameterError, EngineGenerateError, EngineDeadError: as `generate`.
+        """
+        arrival = time.monotonic()
+        self._check_alive()
+        if request_id in self._streams:
+            raise ParameterError("a request of this id is under way", "request_id", request_id)
+        stream = self._streams[request_id] = Stream()
+        try:
+            await self.ready()
+            prepared = await asyncio.to_thread(self.input.process_pooling, prompt, pooling_params)
+            self._check_alive()
+            if request_id in self._aborted:
+                return
+            self.output.add(request_id, prepared, prepared.params, child_ids(request_id, 1), arrival)
+            self._core.send(Add(request_id, prepared, self._next_seed(), priority))
+            while stream.end is None and not self.output.is_due(request_id):
+                await stream.wait()
+            output = stream.end or self.output.hand_out(request_id)
+            if isinstance(output, BaseException):
+                raise output
+            if isinstance(output, PoolingRequestOutput):
+                yield output
+            elif output.outputs[0].finish_reason == "error":
+                raise EngineGenerateError(f"request {request_id}: {output.outputs[0].stop_reason}")
+        finally:
+            self._abort(request_id)
             self._streams.pop(request_id, None)
             self._aborted.discard(request_id)
 

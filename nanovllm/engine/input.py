@@ -12,7 +12,8 @@ from nanovllm.engine.structured import GrammarCompiler, GuideBuilder, GuideSpec
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.errors import ParameterError
 from nanovllm.inputs import PromptType, TokensPrompt
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.pooling_params import PoolingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -72,6 +73,8 @@ class InputProcessor:
         self.max_model_len = model.max_model_len
         self._vocab_size = model.vocab_size
         self._max_logprobs = model.vocab_size if model.max_logprobs == -1 else model.max_logprobs
+        self._pooling_config = config.pooling
+        self._hidden_size: int = model.hf_config.get("hidden_size", 0)
         self._generation_defaults = dict(model.generation_defaults)
         self.tokenizer: Tokenizer | None = None
         if model.tokenizer is not None:
@@ -106,6 +109,10 @@ class InputProcessor:
         Raises:
             ParameterError: with the parameter's name, its value, and what would be right.
         """
+        if self._pooling_config.only:
+            raise ParameterError(
+                "this model makes vectors and does not generate; if it can, try runner='generate'", "runner", "pooling"
+            )
         if params is None:
             resolved = self.default_params()
         elif isinstance(params, SamplingParams):
@@ -138,6 +145,34 @@ class InputProcessor:
             bad_words_ids=bad_words_ids,
             cache_salt=cache_salt,
             guide=guide,
+        )
+
+    def process_pooling(self, prompt: PromptType, params: PoolingParams | None = None) -> EngineInput:
+        """Check and tokenise one prompt whose vector is wanted.
+
+        Args:
+            prompt: as for `process`; it may fill the whole context.
+            params: None takes the model's defaults.
+
+        Raises:
+            ParameterError: the prompt or a parameter cannot be honoured.
+        """
+        pooling = self._pooling(params)
+        text, token_ids, cache_salt, _ = self._tokenize(prompt)
+        self._check_prompt(token_ids, room_for_output=False)
+        # A mean needs the hidden states of all positions, and the cache has none.
+        skip = pooling.method == "mean"
+        return EngineInput(
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=SamplingParams(
+                max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip, output_kind=RequestOutputKind.FINAL_ONLY
+            ),
+            stop_token_ids=frozenset(),
+            eos_token_ids=frozenset(),
+            bad_words_ids=(),
+            cache_salt=cache_salt,
+            pooling=pooling,
         )
 
     def render_chat(
@@ -226,7 +261,21 @@ class InputProcessor:
             raise ParameterError(f"the prompt is not Unicode text (position {error.start})", "prompt", text) from None
         return self.tokenizer.encode(text)
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _pooling(self, params: PoolingParams | None) -> Pooling:
+        if params is None:
+            params = PoolingParams()
+        elif not isinstance(params, PoolingParams):
+            raise ParameterError("pooling_params must be PoolingParams", "pooling_params", type(params).__name__)
+        config = self._pooling_config
+        size = config.dimensions if params.dimensions is None else params.dimensions
+        if size is not None and config.sizes is not None and size not in config.sizes:
+            raise ParameterError(f"this model's vectors have one of the sizes {config.sizes}", "dimensions", size)
+        if size is not None and size > self._hidden_size:
+            raise ParameterError(f"this model's vectors have {self._hidden_size} dimensions", "dimensions", size)
+        normalize = config.normalize if params.use_activation is None else params.use_activation
+        return Pooling(config.method, normalize, size)
+
+    def _check_prompt(self, token_ids: list[int], room_for_output: bool = True) -> None:
         if not token_ids:
             raise ParameterError("The prompt cannot be empty: it needs at least one token.", "prompt", "")
         for token_id in (min(token_ids), max(token_ids)):
@@ -237,7 +286,7 @@ class InputProcessor:
                     token_id,
                 )
         length = len(token_ids)
-        if length >= self.max_model_len:
+        if length > self.max_model_len or (room_for_output and length == self.max_model_len):
             reason = "exceeds this limit even without any" if length > self.max_model_len else "leaves no room for"
             raise ParameterError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "

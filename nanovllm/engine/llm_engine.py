@@ -11,10 +11,12 @@ from nanovllm.engine.beam_search import BeamSearch
 from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace, make_core
 from nanovllm.engine.family import make_family
+from nanovllm.engine.output import AnyOutput
 from nanovllm.engine.plan import EngineOutput
 from nanovllm.engine.stats import StatsLog
 from nanovllm.errors import EngineDeadError, ParameterError, StepError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,14 +42,14 @@ class LLMEngine(EngineFace):
         self,
         request_id: str,
         prompt: PromptType,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         priority: int = 0,
     ) -> str:
         """Queue a prompt.
 
         Args:
-            params: None takes the model's own defaults (generation_config.json).
+            params: None takes the model's own defaults (generation_config.json); `PoolingParams` ask for a vector.
             priority: smaller goes first; needs ``scheduling_policy="priority"``.
 
         Raises:
@@ -57,8 +59,12 @@ class LLMEngine(EngineFace):
         self._check_open()
         if self.output.has(request_id):
             raise ParameterError("a request of this id is under way", "request_id", request_id)
-        given = params if params is not None else self.input.default_params()
-        prepared = self.input.process(prompt, given)
+        if isinstance(params, PoolingParams):
+            prepared = self.input.process_pooling(prompt, params)
+            given = prepared.params
+        else:
+            given = params if params is not None else self.input.default_params()
+            prepared = self.input.process(prompt, given)
         family = make_family(request_id, prepared, self.config.model.max_model_len, self._next_seed())
         self.core.add(family[0], priority, family[1:])
         self.output.add(request_id, prepared, given, [member.request_id for member in family], arrival)
@@ -81,7 +87,7 @@ class LLMEngine(EngineFace):
     def get_num_unfinished_requests(self) -> int:
         return self.output.num_requests
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[AnyOutput]:
         """Run one step of the engine and hand out what it yields.
 
         Raises:

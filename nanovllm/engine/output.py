@@ -9,6 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from nanovllm.engine.completion import Completion
 from nanovllm.engine.input import EngineInput
@@ -16,8 +19,17 @@ from nanovllm.engine.logprobs import position_logprobs
 from nanovllm.engine.plan import EngineOutput
 from nanovllm.engine.stats import Admission, StepStats
 from nanovllm.engine.tokenizer import Tokenizer
-from nanovllm.outputs import PositionLogprobs, RequestOutput, RequestStateStats
+from nanovllm.outputs import (
+    PoolingOutput,
+    PoolingRequestOutput,
+    PositionLogprobs,
+    RequestOutput,
+    RequestStateStats,
+)
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+
+Array = np.ndarray[Any, Any]
+AnyOutput = RequestOutput | PoolingRequestOutput
 
 
 @dataclass(slots=True)
@@ -34,6 +46,7 @@ class _Request:
     unfinished: int  # completions
     prompt_logprobs: list[PositionLogprobs | None] | None
     num_cached_tokens: int | None = None
+    vector: Array | None = None  # of a pooling request
     due: bool = False  # an output is to be handed out this step
 
 
@@ -110,7 +123,7 @@ class OutputProcessor:
 
     def process(
         self, outputs: Iterable[EngineOutput], stats: StepStats | None = None
-    ) -> tuple[list[RequestOutput], list[str]]:
+    ) -> tuple[list[AnyOutput], list[str]]:
         """Take what a step gave, and hand out what is due.
 
         Returns:
@@ -172,7 +185,10 @@ class OutputProcessor:
                 to_stop.append(child_id)
                 request.stats.last_token_ts = time.monotonic()
         request.unfinished = 0
-        return self.hand_out(request_id), to_stop
+        request.vector = None
+        final = self.hand_out(request_id)
+        assert isinstance(final, RequestOutput)
+        return final, to_stop
 
     def _note_admissions(self, admissions: Iterable[Admission]) -> None:
         for admission in admissions:
@@ -188,6 +204,7 @@ class OutputProcessor:
     def _take_prompt_part(self, child: _Child, output: EngineOutput, now: float) -> None:
         """What an output says of the prompt, and the time of the first token."""
         request = child.request
+        request.vector = output.pooled
         if child.is_first:
             if not child.heard_of:
                 request.num_cached_tokens = output.num_cached_tokens
@@ -202,13 +219,18 @@ class OutputProcessor:
         request = self._requests.get(request_id)
         return request is not None and request.due
 
-    def hand_out(self, request_id: str) -> RequestOutput:
-        """The output of a request, all of it or what is new since the last. A finished request is forgotten."""
+    def hand_out(self, request_id: str) -> AnyOutput:
+        """The output of a request, all of it or what is new since the last. A finished request is forgotten.
+
+        A request for a vector has a `PoolingRequestOutput`, unless it was aborted or failed.
+        """
         request = self._requests[request_id]
         request.due = False
         finished = request.unfinished == 0
         if finished:
             del self._requests[request.request_id]
+        if request.vector is not None:
+            return _pooling_output(request, request.vector)
         completions, prompt_logprobs = request.completions, request.prompt_logprobs
         if request.kind is RequestOutputKind.DELTA:
             request.prompt_logprobs = None
@@ -228,6 +250,22 @@ class OutputProcessor:
             request.stats,
             num_cached_tokens=request.num_cached_tokens,
         )
+
+
+def _pooling_output(request: _Request, vector: Array) -> PoolingRequestOutput:
+    """The vector cut to size, then scaled to length 1, as the request asks."""
+    pooling = request.engine_input.pooling
+    assert pooling is not None
+    data = vector[: pooling.dimensions]
+    if pooling.normalize:
+        data = data / max(float(np.linalg.norm(data)), 1e-12)
+    return PoolingRequestOutput(
+        request.request_id,
+        PoolingOutput(data),
+        request.engine_input.prompt_token_ids,
+        request.num_cached_tokens or 0,
+        metrics=request.stats,
+    )
 
 
 def _is_due(request: _Request, completion: Completion) -> bool:

@@ -324,6 +324,9 @@ class Scheduler:
 
     def _pool(self, request: Request, vector: Array) -> EngineOutput:
         """A pooling request has what it came for."""
+        if not np.isfinite(vector).all():
+            self._finish(request, "error")
+            return EngineOutput(request.request_id, [], "error", "the vector is not of finite numbers")
         self._finish(request, "stop")
         return EngineOutput(request.request_id, [], "stop", num_cached_tokens=request.num_cached_tokens, pooled=vector)
 

@@ -20,7 +20,8 @@ from nanovllm.entrypoints.log import setup_logging
 from nanovllm.errors import ParameterError
 from nanovllm.hub import DEMO_MODEL
 from nanovllm.inputs import PromptType
-from nanovllm.outputs import BeamSearchOutput, RequestOutput
+from nanovllm.outputs import BeamSearchOutput, EmbeddingRequestOutput, PoolingRequestOutput, RequestOutput
+from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 Message = dict[str, Any]
@@ -89,7 +90,7 @@ class LLM:
         self.llm_engine = LLMEngine(args.build())
         self._ids = itertools.count()
         self._pending: list[str] = []  # enqueued, not yet waited for
-        self._finished: dict[str, RequestOutput] = {}  # done, not yet handed out
+        self._finished: dict[str, RequestOutput | PoolingRequestOutput] = {}  # done, not yet handed out
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -141,6 +142,46 @@ class LLM:
             ParameterError: as `generate`; also a message the chat template refuses.
         """
         return self._wait(self._submit(self._render(messages, template), sampling_params, priority), use_tqdm)
+
+    def encode(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        priority: int | Sequence[int] | None = None,
+        pooling_task: str = "embed",
+        **others: Any,
+    ) -> list[PoolingRequestOutput]:
+        """Turn prompts into vectors: made of the last layer's hidden states, as the model is made for.
+
+        Args:
+            pooling_params: for all, or one per prompt; None takes the model's defaults.
+            pooling_task: "embed"; there is nothing else in this version.
+            **others: vLLM's ``lora_request``, ``tokenization_kwargs`` and ``mm_processor_kwargs``, as None.
+
+        Raises:
+            ParameterError: a prompt or parameter cannot be honoured; nothing was computed.
+            StepError: the model failed; the requests of this call have ended.
+        """
+        _refuse("encode", others)
+        if pooling_task != "embed":
+            raise ParameterError("only 'embed' is supported by this version", "pooling_task", pooling_task)
+        return self._wait(self._submit_pooling(_as_prompts(prompts), pooling_params, priority), use_tqdm)
+
+    def embed(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        use_tqdm: bool | Callable[..., tqdm] = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        priority: int | Sequence[int] | None = None,
+        **others: Any,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turn prompts into vectors, as lists of numbers: ``output.outputs.embedding``. Otherwise as `encode`."""
+        _refuse("embed", others)
+        outputs = self.encode(prompts, pooling_params, use_tqdm=use_tqdm, priority=priority)
+        return [EmbeddingRequestOutput.from_pooling(output) for output in outputs]
 
     def enqueue(
         self,
@@ -257,18 +298,33 @@ class LLM:
         default = self.get_default_sampling_params() if sampling_params is None else sampling_params
         all_params = _one_each("sampling_params", default, len(prompts), SamplingParams)
         priorities = _one_each("priority", 0 if priority is None else priority, len(prompts), int)
+        all_params = [params.clone() for params in all_params]
+        for params in all_params:
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+        return self._add(prompts, all_params, priorities)
+
+    def _submit_pooling(
+        self,
+        prompts: Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None,
+        priority: int | Sequence[int] | None,
+    ) -> list[str]:
+        """Queue all prompts or none."""
+        all_params = _one_each("pooling_params", pooling_params or PoolingParams(), len(prompts), PoolingParams)
+        priorities = _one_each("priority", 0 if priority is None else priority, len(prompts), int)
+        return self._add(prompts, all_params, priorities)
+
+    def _add(self, prompts: Sequence[PromptType], params: Sequence[Any], priorities: Sequence[int]) -> list[str]:
         ids: list[str] = []
         try:
-            for prompt, params, rank in zip(prompts, all_params, priorities, strict=True):
-                final = params.clone()
-                final.output_kind = RequestOutputKind.FINAL_ONLY
-                ids.append(self.llm_engine.add_request(str(next(self._ids)), prompt, final, priority=rank))
+            for prompt, each, rank in zip(prompts, params, priorities, strict=True):
+                ids.append(self.llm_engine.add_request(str(next(self._ids)), prompt, each, priority=rank))
         except BaseException:
             self.llm_engine.abort_request(ids)
             raise
         return ids
 
-    def _wait(self, ids: list[str], use_tqdm: bool | Callable[..., tqdm]) -> list[RequestOutput]:
+    def _wait(self, ids: list[str], use_tqdm: bool | Callable[..., tqdm]) -> list[Any]:
         """Step the engine until these requests are done."""
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         bar = make_bar(
@@ -288,8 +344,9 @@ class LLM:
                     self._finished[output.request_id] = output  # or it was enqueued, and waits for its own call
                     if output.request_id in missing:
                         missing.remove(output.request_id)
-                        num_input += len(output.prompt_token_ids) * len(output.outputs)
-                        num_output += sum(len(c.token_ids) for c in output.outputs)
+                        completions = output.outputs if isinstance(output, RequestOutput) else []
+                        num_input += len(output.prompt_token_ids) * max(len(completions), 1)
+                        num_output += sum(len(c.token_ids) for c in completions)
                         speed = [count / (time.perf_counter() - start) for count in (num_input, num_output)]
                         bar.postfix = f"est. speed input: {speed[0]:.2f} toks/s, output: {speed[1]:.2f} toks/s"
                         bar.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,4 +34,6 @@ def build_model(
     of ranks that the model cannot be split over.
     """
     spec = declaration(architecture)(hf_config)
+    if architecture.endswith("Model"):
+        spec = replace(spec, tied=True)  # saved without a head
     return Decoder(spec, LayerContext(dtype, device, ops, parallel), max_model_len)

@@ -78,9 +78,10 @@ def load_safetensors(slots: Slots, files: list[Path], tied_head: str | None = No
         for file in files:
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name in slots:
-                        progress.update(_copy(tensors, name, slots[name], file))
-                        missing.discard(name)
+                    place = name if name in slots else f"model.{name}"  # a decoder saved alone lacks the prefix
+                    if place in slots:
+                        progress.update(_copy(tensors, name, slots[place], file))
+                        missing.discard(place)
                     elif name != tied_head and not name.endswith(".rotary_emb.inv_freq"):
                         unexpected.append(name)
     problems = []

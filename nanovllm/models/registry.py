@@ -22,6 +22,8 @@ def declaration(architecture: str) -> Callable[[dict[str, Any]], DecoderSpec]:
 
     Raises ModelError, which lists what is supported, for an architecture we do not know.
     """
+    if architecture.endswith("Model"):  # the decoder alone, as embedding checkpoints are saved
+        architecture = architecture.removesuffix("Model") + "ForCausalLM"
     if architecture not in ARCHITECTURES:
         raise ModelError(f"architecture {architecture!r} is not supported; known: {', '.join(sorted(ARCHITECTURES))}")
     return import_module(ARCHITECTURES[architecture]).declare

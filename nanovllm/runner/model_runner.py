@@ -17,6 +17,7 @@ from nanovllm.runner.guidance import Guidance, apply_limits
 from nanovllm.runner.input_batch import InputBatch, StepInput
 from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
 from nanovllm.runner.logprobs import gather_logprobs
+from nanovllm.runner.pooler import Pooler
 from nanovllm.runner.sampler import Sampler, mark_invalid
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class PendingStep:
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     limits: Limits | None = None  # on the tokens
+    pooled: Tensor | None = None  # float32 [P, hidden]
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
@@ -47,6 +49,8 @@ class PendingStep:
         if -1 in token_ids:
             invalid = [index for index, token in enumerate(token_ids) if token == -1]
             result.failed = {**dict.fromkeys(invalid, NOT_FINITE), **result.failed}
+        if self.pooled is not None:
+            result.pooled = list(self.pooled.cpu().numpy())
         return result
 
 
@@ -90,6 +94,7 @@ class ModelRunner:
         self.batch = InputBatch(max_rows, block_size, self.device)
         self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode)
         self.guidance = Guidance(model)
+        self.pooler = Pooler()
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # row -> (number of likeliest, prompt length)
 
     @torch.inference_mode()
@@ -101,8 +106,9 @@ class ModelRunner:
         hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.meta)
         # Prompt first: its logits are gone before those of the sampled rows come.
         prompt_logprobs = self._score_prompts(plan, inputs, hidden) if self._prompt_logprobs else {}
+        pooled = self.pooler.pool(plan, hidden, inputs.meta.query_start_loc)
         if not plan.sampled:
-            return PendingStep(torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
+            return PendingStep(torch.empty(0, dtype=torch.int64), {}, prompt_logprobs, pooled=pooled)
         if inputs.sampled_tokens is not None:
             hidden = hidden.index_select(0, inputs.sampled_tokens)
         logits = self.model.compute_logits(hidden)
@@ -113,7 +119,7 @@ class ModelRunner:
         self.batch.append(rows, positions, token_ids)
         if guidance is not None:
             self.guidance.end(guidance, token_ids)
-        return PendingStep(mark_invalid(token_ids, logits), logprobs, prompt_logprobs, limits)
+        return PendingStep(mark_invalid(token_ids, logits), logprobs, prompt_logprobs, limits, pooled)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""
@@ -125,6 +131,7 @@ class ModelRunner:
             self.batch.start(start.row, start.token_ids)
             self.sampler.start(start)
             self.guidance.start(start)
+            self.pooler.start(start)
             self._prompt_logprobs.pop(start.row, None)
             if (asked := start.params.prompt_logprobs) is not None:
                 count = self.model.vocab_size if asked == -1 else min(asked, self.model.vocab_size)

@@ -39,6 +39,9 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
         "enforce_eager": "never capture graphs",
         "attention_backend": "which attention to use; by default the device's own",
         "reasoning_parser": "how the model writes reasoning; constraints begin behind it",
+        "runner": "pooling: the model makes vectors and does not generate; auto: as its files say",
+        "convert": "embed or none; every model can embed",
+        "pooler_config": "JSON object: pooling_type (LAST, MEAN), normalize, dimensions",
         "structured_outputs_config": "JSON object: disable_any_whitespace, disable_additional_properties, ...",
     },
     "tokenizer": {
@@ -101,6 +104,8 @@ METAVARS: dict[str, str] = {
     "device": "{auto,cpu,cuda}",
     "download_dir": "FOLDER",
     "load_format": "{auto,safetensors,dummy}",
+    "runner": "{auto,generate,pooling}",
+    "convert": "{auto,none,embed}",
     "reasoning_parser": "{qwen3,deepseek_r1}",
     "logprobs_mode": "{raw_logprobs,processed_logprobs,raw_logits,processed_logits}",
     "tokenizer_mode": "{auto,hf,slow}",

@@ -8,12 +8,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.entrypoints.cli.answers import Piece, Pieces
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.entrypoints.llm import LLM
     from nanovllm.inputs import PromptType
-    from nanovllm.outputs import RequestOutput
 
 _numbers = itertools.count()
 
@@ -50,7 +50,7 @@ def stream(llm: LLM, prompt: PromptType, params: SamplingParams) -> Generator[Re
     request_id = engine.add_request(f"stream-{next(_numbers)}", prompt, deltas)
     try:
         while engine.has_unfinished_requests():
-            yield from engine.step()
+            yield from (output for output in engine.step() if isinstance(output, RequestOutput))
     finally:
         engine.abort_request(request_id)
 
