@@ -260,7 +260,7 @@ struct Attention<T>::Task {
     // The last of them stands in for those beyond ``count``, which nobody sees.
     void find_keys(int first, int count, const char** places) const {
         const char* base = static_cast<const char*>(a.k_cache) + unit.first_head * a.head_stride * sizeof(T);
-        const int32_t* block = a.block_table + unit.row * a.table_stride + first / a.block_size;
+        const int32_t* block = a.batch->block_table + unit.row * a.batch->table_stride + first / a.block_size;
         int in_block = first % a.block_size;
         for (int i = 0; i < count; ++block, in_block = 0) {
             const char* place = base + (*block * a.block_stride + in_block * a.token_stride) * sizeof(T);

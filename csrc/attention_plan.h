@@ -38,9 +38,9 @@ struct Plan {
         pieces.clear();
         partials = 0;
         int64_t total = 0;
-        for (int row = 0; row < a.rows; ++row) total += row_cost(a, row, group);
+        for (int row = 0; row < a.batch->requests; ++row) total += row_cost(a, row, group);
         const int64_t most = total / (threads * 8) + 1;  // of a piece, if it can be divided
-        for (int row = 0; row < a.rows; ++row) add_units(a, row, group, threads == 1 ? total : most);
+        for (int row = 0; row < a.batch->requests; ++row) add_units(a, row, group, threads == 1 ? total : most);
         for (size_t i = 0; i < units.size(); ++i) {
             Unit& unit = units[i];
             const int partitions = unit.end_partition - unit.first_partition;
@@ -58,14 +58,14 @@ struct Plan {
     // A row's heads lie side by side in the cache. A unit of few tokens takes many of them: it waits for memory, which
     // likes to be read in order. A unit of many tokens takes one: it multiplies, with one head's keys at hand.
     void add_units(const AttentionArguments& a, int row, int group, int64_t most) {
-        const int count = a.query_start[row + 1] - a.query_start[row];
+        const int count = a.batch->query_start[row + 1] - a.batch->query_start[row];
         const int unit_tokens = std::max(1, UNIT_QUERIES / group);
         for (int first = 0; first < count; first += unit_tokens) {
             Unit unit{};
             unit.row = row;
-            unit.first_token = a.query_start[row] + first;
+            unit.first_token = a.batch->query_start[row] + first;
             unit.tokens = std::min(unit_tokens, count - first);
-            unit.position = a.seq_lens[row] - count + first;
+            unit.position = a.batch->seq_lens[row] - count + first;
             const int first_key = a.window ? std::max(0, unit.position - a.window + 1) : 0;
             unit.first_partition = first_key / PARTITION;
             unit.end_partition = (unit.position + unit.tokens - 1) / PARTITION + 1;
@@ -82,7 +82,7 @@ struct Plan {
     }
 
     static int64_t row_cost(const AttentionArguments& a, int row, int group) {
-        const int64_t count = a.query_start[row + 1] - a.query_start[row], length = a.seq_lens[row];
+        const int64_t count = a.batch->query_start[row + 1] - a.batch->query_start[row], length = a.batch->seq_lens[row];
         if (!count) return 0;
         const int64_t seen = a.window ? std::min<int64_t>(length, a.window + count) : length - count / 2;
         return seen * (count * group + PACKING) * a.kv_heads;

@@ -41,9 +41,9 @@ void pack_linear(const T* weight, int64_t outputs, int64_t inputs, int64_t strid
 template <class T, int ROWS>
 inline void multiply(const LinearArguments& a, const cell* x, const cell* panel, int64_t row, int64_t column) {
     using Cells = typename std::conditional<PER_CELL<T> == 2, Pairs, Floats>::type;
-    const int64_t x_stride = a.x_stride / PER_CELL<T>;
+    const int64_t x_stride = a.inputs / PER_CELL<T>;
     Sums<ROWS> sums = {};
-    add_products<Cells, ROWS>(sums, x + row * x_stride, x_stride, panel, int(a.inputs / PER_CELL<T>));
+    add_products<Cells, ROWS>(sums, x + row * x_stride, x_stride, panel, int(x_stride));
     const T* bias = static_cast<const T*>(a.bias);
     for (int i = 0; i < NV; ++i) {
         const int64_t first = column + i * LANES;
@@ -97,13 +97,22 @@ void nanovllm_linear(const LinearArguments* arguments) {
         linear<bf16>(*arguments);
 }
 
-void nanovllm_unpack_rows(const LinearArguments* arguments, const int64_t* rows, int64_t count, void* out) {
+void nanovllm_unpack_rows(const LinearArguments* arguments) {
     const LinearArguments& a = *arguments;
+    const int64_t* rows = static_cast<const int64_t*>(a.x);
     const int64_t depth = a.dtype == FLOAT32 ? a.inputs : a.inputs / 2;
     const cell* packed = static_cast<const cell*>(a.packed);
-    for_rows(count, a.inputs, [=](int64_t i) {
+    for_rows(a.rows, a.inputs, [=, &a](int64_t i) {
         const cell* column = packed + rows[i] / PANEL * PANEL * depth + rows[i] % PANEL;
-        cell* to = static_cast<cell*>(out) + i * depth;
+        cell* to = static_cast<cell*>(a.out) + i * depth;
         for (int64_t c = 0; c < depth; ++c) to[c] = column[c * PANEL];
+    });
+}
+
+void nanovllm_gather_rows(const GatherArguments* arguments) {
+    const GatherArguments& a = *arguments;
+    for_rows(a.rows, a.row_bytes, [&](int64_t i) {
+        std::memcpy(static_cast<char*>(a.out) + i * a.row_bytes,
+                    static_cast<const char*>(a.from) + a.indices[i] * a.row_bytes, a.row_bytes);
     });
 }

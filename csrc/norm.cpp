@@ -4,52 +4,33 @@
 namespace {
 
 template <class T>
-void rms_norm(const T* x, const T* weight, T* out, int64_t outer, int64_t inner, int64_t n, int64_t outer_stride,
-              int64_t inner_stride, float eps) {
-    for_rows(outer, inner * n, [=](int64_t i) {
-        for (int64_t j = 0; j < inner; ++j) {
-            const T* row = x + i * outer_stride + j * inner_stride;
-            T* to = out + (i * inner + j) * n;
-            const float inverse = inverse_rms(n, eps, [=](int64_t k, auto lanes) { return lanes.load(row + k); });
-            for_lanes(n, [=](int64_t k, auto lanes) {
-                lanes.store(to + k, normalised<T>(lanes.load(row + k), inverse, lanes.load(weight + k)));
+void norm(const NormArguments& a) {
+    const int64_t n = a.n;
+    const T* weight = static_cast<const T*>(a.weight);
+    for_rows(a.rows, n, [=, &a](int64_t i) {
+        const T* x = static_cast<const T*>(a.x) + i * n;
+        float inverse;
+        if (a.residual) {
+            const T* residual = static_cast<const T*>(a.residual) + i * n;
+            T* sum = static_cast<T*>(a.sum) + i * n;
+            inverse = inverse_rms(n, a.eps, [=](int64_t k, auto lanes) {
+                const f32v value = rounded<T>(lanes.load(x + k) + lanes.load(residual + k));
+                lanes.store(sum + k, value);
+                return value;
             });
+            x = sum;
+        } else {
+            inverse = inverse_rms(n, a.eps, [=](int64_t k, auto lanes) { return lanes.load(x + k); });
         }
-    });
-}
-
-template <class T>
-void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* sum, int64_t rows, int64_t n, float eps) {
-    for_rows(rows, n, [=](int64_t i) {
-        const T *a = x + i * n, *b = residual + i * n;
-        T *total = sum + i * n, *to = out + i * n;
-        const float inverse = inverse_rms(n, eps, [=](int64_t k, auto lanes) {
-            const f32v value = rounded<T>(lanes.load(a + k) + lanes.load(b + k));
-            lanes.store(total + k, value);
-            return value;
-        });
+        T* to = static_cast<T*>(a.out) + i * n;
         for_lanes(n, [=](int64_t k, auto lanes) {
-            lanes.store(to + k, normalised<T>(lanes.load(total + k), inverse, lanes.load(weight + k)));
+            lanes.store(to + k, normalised<T>(lanes.load(x + k), inverse, lanes.load(weight + k)));
         });
     });
 }
 
 }  // namespace
 
-void nanovllm_rms_norm(const void* x, const void* weight, void* out, int64_t outer, int64_t inner, int64_t n,
-                       int64_t outer_stride, int64_t inner_stride, float eps, int32_t dtype) {
-    with_type(dtype, [=](auto number) {
-        using T = decltype(number);
-        rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(out), outer, inner, n,
-                 outer_stride, inner_stride, eps);
-    });
-}
-
-void nanovllm_add_rms_norm(const void* x, const void* residual, const void* weight, void* out, void* sum, int64_t rows,
-                           int64_t n, float eps, int32_t dtype) {
-    with_type(dtype, [=](auto number) {
-        using T = decltype(number);
-        add_rms_norm(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
-                     static_cast<T*>(out), static_cast<T*>(sum), rows, n, eps);
-    });
+void nanovllm_norm(const NormArguments* arguments) {
+    with_type(arguments->dtype, [=](auto number) { norm<decltype(number)>(*arguments); });
 }

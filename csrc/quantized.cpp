@@ -266,9 +266,12 @@ void linear(const QuantizedArguments& a) {
 }
 
 template <class T>
-void dequantize_rows(const QuantizedWeight& w, const int64_t* rows, int64_t count, T* out) {
+void dequantize_rows(const QuantizedArguments& a) {
+    const QuantizedWeight& w = a.weight;
+    const int64_t* rows = static_cast<const int64_t*>(a.x);
+    T* out = static_cast<T*>(a.out);
     const int64_t depth = cells_of(w.inputs, w.bits), groups = w.inputs / w.group, group_cells = depth / groups;
-    for_rows(count, w.inputs, [=](int64_t i) {
+    for_rows(a.rows, w.inputs, [=, &w](int64_t i) {
         const int64_t panel = rows[i] / PANEL, column = rows[i] % PANEL;
         const cell* from = static_cast<const cell*>(w.packed) + panel * depth * PANEL + column;
         const bf16* scales = static_cast<const bf16*>(w.scales) + panel * groups * PANEL + column;
@@ -310,8 +313,6 @@ void nanovllm_quantized_linear(const QuantizedArguments* arguments) {
     with_type(arguments->dtype, [=](auto number) { linear<decltype(number)>(*arguments); });
 }
 
-void nanovllm_dequantize_rows(const QuantizedArguments* arguments, const int64_t* rows, int64_t count, void* out) {
-    with_type(arguments->dtype, [=](auto number) {
-        dequantize_rows(arguments->weight, rows, count, static_cast<decltype(number)*>(out));
-    });
+void nanovllm_dequantize_rows(const QuantizedArguments* arguments) {
+    with_type(arguments->dtype, [=](auto number) { dequantize_rows<decltype(number)>(*arguments); });
 }

@@ -22,19 +22,6 @@ inline __attribute__((always_inline)) void rotate(int64_t head_dim, const T* cos
 }
 
 template <class T>
-void rotary(const T* x, const T* cosine, const T* sine, T* out, int64_t tokens, int64_t heads, int64_t head_dim,
-            int64_t token_stride) {
-    for_rows(tokens, heads * head_dim, [=](int64_t token) {
-        for (int64_t head = 0; head < heads; ++head) {
-            const T* from = x + token * token_stride + head * head_dim;
-            rotate(head_dim, cosine + token * head_dim, sine + token * head_dim,
-                   out + (token * heads + head) * head_dim,
-                   [=](int64_t i, auto lanes) { return lanes.load(from + i); });
-        }
-    });
-}
-
-template <class T>
 void norm_rotate(const T* from, const T* weight, const T* cosine, const T* sine, T* to, int64_t head_dim, float eps) {
     if (!weight) {
         rotate(head_dim, cosine, sine, to, [=](int64_t i, auto lanes) { return lanes.load(from + i); });
@@ -50,7 +37,7 @@ template <class T>
 void norm_rotate_write(const QkvArguments& a) {
     const T* qkv = static_cast<const T*>(a.qkv);
     const int64_t heads = a.heads, kv_heads = a.kv_heads, dim = a.head_dim;
-    for_rows(a.tokens, (heads + 2 * kv_heads) * dim, [=, &a](int64_t token) {
+    for_rows(a.rows, (heads + 2 * kv_heads) * dim, [=, &a](int64_t token) {
         const T* cosine = static_cast<const T*>(a.cosine) + token * dim;
         const T* sine = static_cast<const T*>(a.sine) + token * dim;
         const T* from = qkv + token * (heads + 2 * kv_heads) * dim;
@@ -69,31 +56,6 @@ void norm_rotate_write(const QkvArguments& a) {
 
 }  // namespace
 
-void nanovllm_rotary(const void* x, const void* cosine, const void* sine, void* out, int64_t tokens, int64_t heads,
-                     int64_t head_dim, int64_t token_stride, int32_t dtype) {
-    with_type(dtype, [=](auto number) {
-        using T = decltype(number);
-        rotary(static_cast<const T*>(x), static_cast<const T*>(cosine), static_cast<const T*>(sine),
-               static_cast<T*>(out), tokens, heads, head_dim, token_stride);
-    });
-}
-
 void nanovllm_norm_rotate_write(const QkvArguments* arguments) {
     with_type(arguments->dtype, [=](auto number) { norm_rotate_write<decltype(number)>(*arguments); });
-}
-
-void nanovllm_write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots, int64_t tokens,
-                       int64_t kv_heads, int64_t head_bytes, int64_t k_stride, int64_t v_stride, int64_t block_size,
-                       int64_t block_stride, int64_t token_stride, int64_t head_stride, int64_t element_bytes) {
-    for_rows(tokens, kv_heads * head_bytes / element_bytes, [=](int64_t token) {
-        const int64_t slot = slots[token];
-        const int64_t place = slot / block_size * block_stride + slot % block_size * token_stride;
-        for (int64_t head = 0; head < kv_heads; ++head) {
-            const int64_t to = (place + head * head_stride) * element_bytes, from = head * head_bytes;
-            std::memcpy(static_cast<char*>(k_cache) + to,
-                        static_cast<const char*>(k) + token * k_stride * element_bytes + from, head_bytes);
-            std::memcpy(static_cast<char*>(v_cache) + to,
-                        static_cast<const char*>(v) + token * v_stride * element_bytes + from, head_bytes);
-        }
-    });
 }

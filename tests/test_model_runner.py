@@ -349,7 +349,7 @@ def test_a_failed_step_raises_at_its_result_and_the_executor_goes_on(
     driver.start(0, PROMPTS[2])
     driver.step({0: None})
     with monkeypatch.context() as patch:
-        patch.setattr(executor._runner.model, "forward", lambda *_: 1 / 0)
+        patch.setattr(executor._runner, "forward", lambda *_: 1 / 0)
         driver.start(1, PROMPTS[1])
         _, handle = driver.submit({1: None})
         with pytest.raises(ZeroDivisionError):

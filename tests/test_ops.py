@@ -75,7 +75,7 @@ def test_rotary_rounds_where_transformers_does(dtype: torch.dtype) -> None:
         torch.cat((cos, cos), -1)[None],
         torch.cat((sin, sin), -1)[None],
     )
-    ours = OPS.rotary(q, k, torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
+    ours = reference.rotary(q, k, torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
     for x, y in zip(ours, theirs, strict=True):
         assert torch.equal(x, y[0].transpose(0, 1))
 
@@ -84,7 +84,7 @@ def test_rotary_turns_each_pair_by_its_angle() -> None:
     angle = torch.tensor([0.3, 1.2], dtype=torch.float64)
     x = draw(1, 1, 4).double()
     cos, sin = angle.cos(), angle.sin()
-    turned, _ = OPS.rotary(x, x, torch.cat((cos, cos)).view(1, 1, 4), torch.cat((-sin, sin)).view(1, 1, 4))
+    turned, _ = reference.rotary(x, x, torch.cat((cos, cos)).view(1, 1, 4), torch.cat((-sin, sin)).view(1, 1, 4))
     for pair in range(2):
         number = torch.complex(x[0, 0, pair], x[0, 0, pair + 2]) * torch.polar(torch.ones(()).double(), angle[pair])
         assert torch.isclose(turned[0, 0, pair], number.real) and torch.isclose(turned[0, 0, pair + 2], number.imag)
@@ -135,7 +135,7 @@ def test_write_kv_writes_its_slots_and_no_others(block_size: int, blocks: int, s
     for token, slot in enumerate(slots):
         expected_k[slot // block_size, slot % block_size] = k[token]
         expected_v[slot // block_size, slot % block_size] = v[token]
-    OPS.write_kv(k, v, k_cache, v_cache, torch.tensor(slots))
+    reference.write_kv(k, v, k_cache, v_cache, torch.tensor(slots))
     assert torch.equal(k_cache, expected_k) and torch.equal(v_cache, expected_v)
 
 
@@ -149,26 +149,38 @@ def test_copy_blocks_reads_all_sources_before_it_writes() -> None:
     OPS.copy_blocks(caches, [], [])
 
 
+@pytest.mark.parametrize("norms", [True, False])
+def test_the_steps_before_attention_are_norm_rotary_and_cache_write(norms: bool) -> None:
+    """Qwen3's way, through transformers' own modules: norm of each head, rotation; keys and values in their slots."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    qkv, slots = draw(5, 8, 6), torch.tensor([3, 9, 0, 4, 7])
+    weights = [draw(6, seed=i) for i in (1, 2)] if norms else [None, None]
+    cos, sin = draw(5, 1, 6, seed=3), draw(5, 1, 6, seed=4)
+    caches = [torch.zeros(3, 4, 2, 6) for _ in range(2)]
+    ours = OPS.norm_rotate_write(qkv, *weights, 1e-6, cos, torch.cat((-sin[..., 3:], sin[..., 3:]), -1), *caches, slots)
+    normed = []
+    for x, weight in zip((qkv[:, :4], qkv[:, 4:6]), weights, strict=True):
+        norm = Qwen3RMSNorm(6, 1e-6)
+        norm.weight.data = torch.ones(6) if weight is None else weight
+        normed.append((x if weight is None else norm(x)).transpose(0, 1)[None])
+    sin = torch.cat((sin[..., 3:], sin[..., 3:]), -1)
+    q, k = apply_rotary_pos_emb(*normed, cos[None, :, 0], sin[None, :, 0])
+    torch.testing.assert_close(ours, q[0].transpose(0, 1))
+    torch.testing.assert_close(caches[0].flatten(0, 1)[slots], k[0].transpose(0, 1))
+    assert torch.equal(caches[1].flatten(0, 1)[slots], qkv[:, 6:])
+
+
 @settings(max_examples=30, deadline=None)
-@given(
-    tokens=sizes,
-    heads=st.sampled_from([1, 3]),
-    half=st.integers(1, 8),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 99),
-)
-def test_the_device_agrees_with_the_reference(
-    tokens: int, heads: int, half: int, dtype: torch.dtype, seed: int
-) -> None:
+@given(tokens=sizes, half=st.integers(1, 8), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_the_device_agrees_with_the_reference(tokens: int, half: int, dtype: torch.dtype, seed: int) -> None:
     """Whatever a device overrides must stay within rounding of the reference."""
     size = 2 * half
     x, w = draw(tokens, size, seed=seed, dtype=dtype), draw(size, seed=seed + 1, dtype=dtype)
-    q, k = draw(tokens, 2 * heads, size, seed=seed, dtype=dtype), draw(tokens, heads, size, seed=seed + 3, dtype=dtype)
-    cos, sin = draw(tokens, 1, size, seed=seed + 4, dtype=dtype), draw(tokens, 1, size, seed=seed + 5, dtype=dtype)
     for name, arguments in {
         "rms_norm": (x, w, 1e-6),
         "add_rms_norm": (x, x, w, 1e-6),
-        "rotary": (q, k, cos, sin),
         "silu_and_mul": (x,),
         "gelu_and_mul": (x, "tanh"),
     }.items():

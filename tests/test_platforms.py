@@ -106,6 +106,21 @@ def test_omp_num_threads_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
         torch.set_num_threads(before)
 
 
+def test_a_few_rows_of_logits_are_sampled_by_one_thread() -> None:
+    platform, before = get_platform("cpu"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for logits, threads in ((151_936, 1), (32 * 151_936, 3)):
+            with platform.sampling(logits):
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), platform.sampling(1):
+            1 / 0  # noqa: B018
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_memory_of_this_process_grows_with_it() -> None:
     before = get_platform("cpu").memory_used_by_process()
     block = torch.ones(64 << 20, dtype=torch.uint8)

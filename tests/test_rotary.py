@@ -12,6 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanovllm.layers.rope_scaling import RopeConfig
 from nanovllm.layers.rotary import RotaryTable
+from nanovllm.layers.weights import LayerContext
+from nanovllm.ops import torch_operators
+from nanovllm.parallel import ParallelContext
 
 POSITIONS = [0, 1, 17, 1000, 1024, 8191, 8192, 32767, 32768]
 LENGTH = 32769
@@ -86,6 +89,10 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> (max_position_embedd
 }
 
 
+def table_of(rope: RopeConfig, length: int, dtype: torch.dtype = torch.float32) -> RotaryTable:
+    return RotaryTable(rope, length, LayerContext(dtype, "cpu", torch_operators(), ParallelContext()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_equals_transformers_up_to_position_32k(kind: str) -> None:
     max_position, parameters = KINDS[kind]
@@ -94,7 +101,7 @@ def test_the_table_equals_transformers_up_to_position_32k(kind: str) -> None:
     positions = torch.tensor(POSITIONS)
     cos, sin = theirs(torch.zeros(1), positions[None])
     rope = RopeConfig.from_hf({**shape, "rope_parameters": parameters}, 128, 2048)
-    ours_cos, ours_sin = RotaryTable(rope, LENGTH, torch.float32, "cpu").rows(positions)
+    ours_cos, ours_sin = table_of(rope, LENGTH).rows(positions)
     # One bit of difference in a frequency near 1 would be 0.002 at position 32,768.
     assert (ours_cos[:, 0] - cos[0]).abs().max() < 1e-5
     assert (ours_sin[:, 0, 64:] - sin[0, :, 64:]).abs().max() < 1e-5
@@ -109,10 +116,10 @@ def test_both_generations_of_configuration_give_the_same_table(kind: str) -> Non
     scaling = None if kind == "default" else old
     old_style = {"max_position_embeddings": 256, "rope_theta": theta, "rope_scaling": scaling}
     oldest = None if scaling is None else {("type" if k == "rope_type" else k): v for k, v in scaling.items()}
-    expected = RotaryTable(RopeConfig.from_hf(new_style, 10, 99), 300, torch.float32, "cpu").table
+    expected = table_of(RopeConfig.from_hf(new_style, 10, 99), 300)
     for config in (old_style, {**old_style, "rope_scaling": oldest}):
-        table = RotaryTable(RopeConfig.from_hf(config, 10, 99), 300, torch.float32, "cpu").table
-        assert torch.equal(table, expected)
+        table = table_of(RopeConfig.from_hf(config, 10, 99), 300)
+        assert torch.equal(table.cos, expected.cos) and torch.equal(table.sin, expected.sin)
 
 
 def test_phi3_style_original_length_beside_the_scaling_wins() -> None:
@@ -125,10 +132,10 @@ def test_phi3_style_original_length_beside_the_scaling_wins() -> None:
     assert (rope.kind, rope.original_length, rope.factor_or_ratio) == ("longrope", 4096, 32)
 
 
-def test_the_table_is_float32_and_its_rows_have_the_models_dtype() -> None:
+def test_the_table_is_rounded_once_from_float32() -> None:
     rope = RopeConfig.from_hf({}, 8, 2048)
-    table = RotaryTable(rope, 16, torch.bfloat16, "cpu")
-    assert table.table.dtype == torch.float32
+    exact, table = table_of(rope, 16), table_of(rope, 16, torch.bfloat16)
+    assert torch.equal(table.cos, exact.cos.bfloat16()) and torch.equal(table.sin, exact.sin.bfloat16())
     cos, sin = table.rows(torch.tensor([3, 3, 15]))
     assert (cos.dtype, cos.shape, sin.shape) == (torch.bfloat16, (3, 1, 8), (3, 1, 8))
     assert torch.equal(cos[0], cos[1])

@@ -52,6 +52,7 @@ class Attention:
         self.heads = heads
         self.qkv = ColumnParallelLinear(hidden_size, [heads.q, heads.kv, heads.kv], qkv_bias, context)
         self.output = RowParallelLinear(heads.q, hidden_size, output_bias, context)
+        self.qk_norm_eps = qk_norm_eps or 0.0
         self.q_norm = None if qk_norm_eps is None else RMSNorm(heads.head_dim, qk_norm_eps, context)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(heads.head_dim, qk_norm_eps, context)
         self.scale = heads.head_dim**-0.5
@@ -63,10 +64,9 @@ class Attention:
         """x [T, hidden] -> [T, hidden]; the new tokens' keys and values are in the cache afterwards."""
         heads = self.heads
         qkv = self.qkv(x).view(x.shape[0], -1, heads.head_dim)  # [T, H + 2 Hk, D]
-        q, k, v = qkv.split((heads.num_heads, heads.num_kv_heads, heads.num_kv_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.ops.rotary(q, k, cos, sin)
-        self.ops.write_kv(k, v, k_cache, v_cache, meta.slot_mapping)
+        q_weight, k_weight = (norm and norm.weight for norm in (self.q_norm, self.k_norm))
+        q = self.ops.norm_rotate_write(
+            qkv, q_weight, k_weight, self.qk_norm_eps, cos, sin, k_cache, v_cache, meta.slot_mapping
+        )  # [T, H, D]
         out = self.ops.paged_attention(q, k_cache, v_cache, meta, self.scale, self.window)  # [T, H, D]
         return self.output(out.flatten(1))

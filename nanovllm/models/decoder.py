@@ -140,7 +140,7 @@ class Decoder:
         self.head_dim = spec.head_dim
         self.vocab_size = spec.vocab_size
         self.windows = tuple(dict.fromkeys(spec.windows))  # the distinct ones
-        self.rotary = RotaryTable(spec.rope, max_model_len, context.dtype, context.device)
+        self.rotary = RotaryTable(spec.rope, max_model_len, context)
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, context)
         self.layers = [DecoderLayer(spec, window, heads, context) for window in spec.windows]
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, context)

@@ -7,9 +7,9 @@ from typing import Any
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.metadata import AttentionMetadata
-from nanovllm.ops.operators import Operators
+from nanovllm.ops.operators import Forward, Operators
 
-__all__ = ["AttentionMetadata", "Operators", "operator_table", "torch_operators"]
+__all__ = ["AttentionMetadata", "Forward", "Operators", "operator_table", "torch_operators"]
 
 ATTENTION_BACKENDS = ("torch_native", "reference")
 
@@ -24,16 +24,16 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
     return Operators(
         rms_norm=reference.rms_norm,
         add_rms_norm=reference.add_rms_norm,
-        rotary=reference.rotary,
         silu_and_mul=reference.silu_and_mul,
         gelu_and_mul=reference.gelu_and_mul,
         pack_linear=reference.pack_linear,
         linear=reference.linear,
         weight_rows=reference.weight_rows,
-        write_kv=reference.write_kv,
+        norm_rotate_write=reference.norm_rotate_write,
         copy_blocks=reference.copy_blocks,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
+        record=reference.record,
     )
 
 
@@ -57,6 +57,7 @@ def operator_table(device: str, attention_backend: str | None = None, quantizati
         _own_operators(device, torchs, None, quantization),
         prepare_attention=torchs.prepare_attention,
         paged_attention=torchs.paged_attention,
+        record=torchs.record,
     )
 
 

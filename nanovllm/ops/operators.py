@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nanovllm.ops.metadata import AttentionMetadata
 
+Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]  # input_ids, positions, meta -> hidden states
+
 
 @dataclass(frozen=True)
 class Operators:
@@ -20,13 +22,15 @@ class Operators:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor, str], Tensor]
     pack_linear: Callable[[Tensor], Any]
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
     weight_rows: Callable[[Any, Tensor], Tensor]
-    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    norm_rotate_write: Callable[
+        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
+    ]
     copy_blocks: Callable[[Sequence[tuple[Tensor, Tensor]], Sequence[int], Sequence[int]], None]
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
+    record: Callable[[Forward, int, int], Forward | None]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.ops.metadata import AttentionMetadata
+from nanovllm.ops.operators import Forward
 
 # ---- norms, rotary, activation ------------------------------------------------------------------------------------
 
@@ -79,6 +80,30 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
 
 
+def norm_rotate_write(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """All that happens between the product q | k | v and attention: qkv [T, H + 2 Hk, D] -> q [T, H, D].
+
+    ``rms_norm`` of each q and k head (where it has a weight [D]), ``rotary``, and ``write_kv``.
+    """
+    kv_heads = k_cache.shape[2]
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    q = q if q_weight is None else rms_norm(q, q_weight, eps)
+    k = k if k_weight is None else rms_norm(k, k_weight, eps)
+    q, k = rotary(q, k, cos, sin)
+    write_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
 def copy_blocks(kv_caches: Sequence[tuple[Tensor, Tensor]], sources: Sequence[int], targets: Sequence[int]) -> None:
     """Copy block ``sources[i]`` to block ``targets[i]`` in the K and V cache of every layer (copy on write).
 
@@ -129,3 +154,14 @@ def paged_attention(
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
         out[start:end] = torch.einsum("hqk,khd->qhd", probabilities, v)
     return out
+
+
+# ---- whole steps --------------------------------------------------------------------------------------------------
+
+
+def record(forward: Forward, max_tokens: int, block_size: int) -> Forward | None:
+    """What computes the same as ``forward`` for up to ``max_tokens`` tokens, with less work between the operators.
+
+    None if there is no such thing, and ``forward`` itself should be called. Its result is valid until the next call.
+    """
+    return None

@@ -6,10 +6,13 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_LOGITS_FOR_SEVERAL_THREADS = 1 << 20
 
 
 class CpuPlatform:
@@ -74,6 +77,23 @@ class CpuPlatform:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_usable_cores())
         return torch.get_num_threads()
+
+    @contextmanager
+    def sampling(self, num_logits: int) -> Iterator[None]:
+        """Work on ``num_logits`` logits with as many of torch's threads as that is worth.
+
+        Torch divides anything of 32k elements, and waits for its threads; where another process has their core for a
+        moment, that is milliseconds each time. A few rows of logits are done sooner by one thread.
+        """
+        import torch
+
+        threads = torch.get_num_threads()
+        try:
+            if num_logits < _LOGITS_FOR_SEVERAL_THREADS:
+                torch.set_num_threads(1)
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)

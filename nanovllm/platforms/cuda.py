@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ParameterError
@@ -85,6 +86,10 @@ class CudaPlatform:
 
         torch.set_num_threads(1)
         return 1
+
+    def sampling(self, num_logits: int) -> AbstractContextManager[None]:
+        """Nothing to prepare: logits are on the GPU."""
+        return nullcontext()
 
     def copy_back(self, tensor: Tensor) -> HostCopy:
         """Start to copy a tensor to the host, behind the work that makes it; nothing waits until the copy is read."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.errors import ParameterError
+from nanovllm.ops.cpu.memory import advise_huge_pages
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -81,8 +82,10 @@ def allocate(model: Decoder, num_blocks: int, block_size: int, device: torch.dev
     caches = []
     for _ in range(model.num_layers):
         k_cache, v_cache = (torch.empty(shape, dtype=model.dtype, device=device) for _ in range(2))
-        k_cache[0].zero_()
-        v_cache[0].zero_()
+        for cache in (k_cache, v_cache):
+            if device.type == "cpu":
+                advise_huge_pages(cache)
+            cache[0].zero_()
         caches.append((k_cache, v_cache))
     return caches
 

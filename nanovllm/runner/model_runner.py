@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanovllm.engine.plan import StepPlan, StepResult, TokenLogprobs
 from nanovllm.models import build_model, load_weights
-from nanovllm.ops import operator_table
+from nanovllm.ops import AttentionMetadata, Forward, operator_table
 from nanovllm.parallel import ParallelContext
 from nanovllm.platforms import get_platform
 from nanovllm.runner.guidance import Guidance, apply_limits
@@ -69,7 +69,7 @@ class ModelRunner:
             ModelError: the checkpoint cannot be served.
             ParameterError: the device does not exist, or memory does not suffice for the KV cache.
         """
-        platform = get_platform(config.device)
+        platform = self.platform = get_platform(config.device)
         platform.set_threads()
         self.device = torch.device(platform.device)
         self.ops = operator_table(platform.device, config.attention_backend, config.model.quantization)
@@ -89,6 +89,7 @@ class ModelRunner:
         self.num_blocks = count_blocks(config, self.model, platform)
         self.kv_bytes_per_block = bytes_per_block(self.model, block_size)
         self.kv_caches = allocate(self.model, self.num_blocks, block_size, self.device)
+        self.forward = self._record(config)
         log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
 
         self.batch = InputBatch(max_rows, block_size, self.device)
@@ -103,7 +104,7 @@ class ModelRunner:
         self._apply(plan)
         guidance = self.guidance.begin(plan)
         inputs = self.batch.prepare(plan)
-        hidden = self.model.forward(inputs.input_ids, inputs.positions, self.kv_caches, inputs.meta)
+        hidden = self.forward(inputs.input_ids, inputs.positions, inputs.meta)
         # Prompt first: its logits are gone before those of the sampled rows come.
         prompt_logprobs = self._score_prompts(plan, inputs, hidden) if self._prompt_logprobs else {}
         pooled = self.pooler.pool(plan, hidden, inputs.meta.query_start_loc)
@@ -111,15 +112,29 @@ class ModelRunner:
             return PendingStep(torch.empty(0, dtype=torch.int64), {}, prompt_logprobs, pooled=pooled)
         if inputs.sampled_tokens is not None:
             hidden = hidden.index_select(0, inputs.sampled_tokens)
-        logits = self.model.compute_logits(hidden)
-        limits = None if guidance is None else guidance.limits.result()
-        forced = None if limits is None else apply_limits(logits, limits)
         rows, positions = inputs.sampled_rows, inputs.sampled_positions
-        token_ids, logprobs = self.sampler.sample(logits, rows, positions, self.batch.tokens, forced)
+        with self.platform.sampling(len(rows) * self.model.vocab_size):
+            logits = self.model.compute_logits(hidden)
+            limits = None if guidance is None else guidance.limits.result()
+            forced = None if limits is None else apply_limits(logits, limits)
+            token_ids, logprobs = self.sampler.sample(logits, rows, positions, self.batch.tokens, forced)
         self.batch.append(rows, positions, token_ids)
         if guidance is not None:
             self.guidance.end(guidance, token_ids)
         return PendingStep(mark_invalid(token_ids, logits), logprobs, prompt_logprobs, limits, pooled)
+
+    @torch.inference_mode()
+    def _record(self, config: EngineConfig) -> Forward:
+        """The model's forward pass over our caches: recorded, where the device can and it is wanted."""
+        model, kv_caches = self.model, self.kv_caches
+
+        def forward(input_ids: Tensor, positions: Tensor, meta: AttentionMetadata) -> Tensor:
+            return model.forward(input_ids, positions, kv_caches, meta)
+
+        if config.enforce_eager:
+            return forward
+        most = config.scheduler.max_num_batched_tokens
+        return self.ops.record(forward, most, config.cache.block_size) or forward
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
+
+import torch
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.operators import Operators
@@ -22,6 +25,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
     from nanovllm.ops.cpu.elementwise import Elementwise
     from nanovllm.ops.cpu.library import load_library
     from nanovllm.ops.cpu.linear import CpuLinear
+    from nanovllm.ops.cpu.program import record
 
     library = load_library()
     if library is None and quantization is not None:
@@ -33,6 +37,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
     if library is None:
         logger.warning("No C++ kernels: running on torch's operators. Build them: python -m nanovllm.ops.cpu.build")
         return base
+    library.set_threads(torch.get_num_threads())
     attention, elementwise, linear = (
         CpuAttention(library, base),
         Elementwise(library, base),
@@ -42,12 +47,12 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
         base,
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
-        rotary=elementwise.rotary,
         silu_and_mul=elementwise.silu_and_mul,
-        write_kv=elementwise.write_kv,
+        norm_rotate_write=elementwise.norm_rotate_write,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         weight_rows=linear.rows,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
+        record=partial(record, library),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -27,38 +28,73 @@ _REQUIRED_CPU_FLAGS = {  # names in /proc/cpuinfo
 }
 
 
-class AttentionArguments(ctypes.Structure):
+_P, _N, _I, _F = c_void_p, c_int64, c_int32, c_float
+
+
+class Batch(ctypes.Structure):
+    """struct Batch of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("query_start", "seq_lens", "block_table")),
+        *((name, _N) for name in ("table_stride", "requests")),
+    )
+
+
+class Arguments(ctypes.Structure):
+    """What a kernel takes. The first field is the number of rows; no other depends on it."""
+
+    _fields_: ClassVar[Any] = (("rows", _N),)
+
+
+class AttentionArguments(Arguments):
     """struct AttentionArguments of csrc/kernels.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "out", "k_cache", "v_cache", "query_start", "seq_lens", "block_table")),
-        *((name, c_int64) for name in ("q_stride", "block_stride", "token_stride", "head_stride", "table_stride")),
-        *((name, c_int32) for name in ("rows", "block_size", "heads", "kv_heads", "head_dim", "window")),
-        ("scale", c_float),
-        ("dtype", c_int32),
+        *((name, _P) for name in ("q", "out", "k_cache", "v_cache", "batch")),
+        *((name, _N) for name in ("q_stride", "block_stride", "token_stride", "head_stride")),
+        *((name, _I) for name in ("block_size", "heads", "kv_heads", "head_dim", "window")),
+        ("scale", _F),
+        ("dtype", _I),
     )
 
 
-class QkvArguments(ctypes.Structure):
+class QkvArguments(Arguments):
     """struct QkvArguments of csrc/kernels.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("qkv", "q_weight", "k_weight", "cosine", "sine", "slots")),
-        *((name, c_void_p) for name in ("q_out", "k_cache", "v_cache")),
-        *((name, c_int64) for name in ("tokens", "block_size", "block_stride", "token_stride", "head_stride")),
-        *((name, c_int32) for name in ("heads", "kv_heads", "head_dim")),
-        ("eps", c_float),
-        ("dtype", c_int32),
+        *((name, _P) for name in ("qkv", "q_weight", "k_weight", "cosine", "sine", "slots")),
+        *((name, _P) for name in ("q_out", "k_cache", "v_cache")),
+        *((name, _N) for name in ("block_size", "block_stride", "token_stride", "head_stride")),
+        *((name, _I) for name in ("heads", "kv_heads", "head_dim")),
+        ("eps", _F),
+        ("dtype", _I),
     )
 
 
-class LinearArguments(ctypes.Structure):
+class NormArguments(Arguments):
+    """struct NormArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("x", "residual", "weight", "out", "sum")),
+        ("n", _N),
+        ("eps", _F),
+        ("dtype", _I),
+    )
+
+
+class GateArguments(Arguments):
+    """struct GateArguments of csrc/kernels.h."""
+
+    _fields_ = (("x", _P), ("out", _P), ("n", _N), ("dtype", _I))
+
+
+class LinearArguments(Arguments):
     """struct LinearArguments of csrc/kernels.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "packed", "bias", "out")),
-        *((name, c_int64) for name in ("rows", "inputs", "outputs", "x_stride")),
-        ("dtype", c_int32),
+        *((name, _P) for name in ("x", "packed", "bias", "out")),
+        *((name, _N) for name in ("inputs", "outputs")),
+        ("dtype", _I),
     )
 
 
@@ -66,39 +102,52 @@ class QuantizedWeight(ctypes.Structure):
     """struct QuantizedWeight of csrc/kernels.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("packed", "scales")),
-        *((name, c_int64) for name in ("outputs", "inputs", "group")),
-        ("bits", c_int32),
+        *((name, _P) for name in ("packed", "scales")),
+        *((name, _N) for name in ("outputs", "inputs", "group")),
+        ("bits", _I),
     )
 
 
-class QuantizedArguments(ctypes.Structure):
+class QuantizedArguments(Arguments):
     """struct QuantizedArguments of csrc/kernels.h."""
 
     _fields_ = (
+        *((name, _P) for name in ("x", "bias", "out")),
         ("weight", QuantizedWeight),
-        *((name, c_void_p) for name in ("x", "bias", "out")),
-        ("rows", c_int64),
-        *((name, c_int32) for name in ("digits", "dtype")),
+        *((name, _I) for name in ("digits", "dtype")),
     )
 
 
-_P, _N, _I, _F = c_void_p, c_int64, c_int32, c_float
+class GatherArguments(Arguments):
+    """struct GatherArguments of csrc/kernels.h."""
+
+    _fields_ = (*((name, _P) for name in ("indices", "source", "out")), ("row_bytes", _N))
+
+
+class Call(ctypes.Structure):
+    """struct Call of csrc/kernels.h."""
+
+    _fields_ = (("kernel", _P), ("arguments", _P))
+
+
+Kernel = Callable[[Any], None]
+
+_KERNELS: dict[str, type[Arguments]] = {
+    "paged_attention": AttentionArguments,
+    "norm_rotate_write": QkvArguments,
+    "norm": NormArguments,
+    "silu_and_mul": GateArguments,
+    "linear": LinearArguments,
+    "quantized_linear": QuantizedArguments,
+    "unpack_rows": LinearArguments,
+    "dequantize_rows": QuantizedArguments,
+    "gather_rows": GatherArguments,
+}
 _FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments; nothing is returned
+    "run": (ctypes.POINTER(Call), _N, _N),
     "set_threads": (_I,),
-    "paged_attention": (ctypes.POINTER(AttentionArguments),),
-    "rms_norm": (_P, _P, _P, _N, _N, _N, _N, _N, _F, _I),
-    "add_rms_norm": (_P, _P, _P, _P, _P, _N, _N, _F, _I),
-    "rotary": (_P, _P, _P, _P, _N, _N, _N, _N, _I),
-    "norm_rotate_write": (ctypes.POINTER(QkvArguments),),
-    "write_kv": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _N, _N, _N),
-    "silu_and_mul": (_P, _P, _N, _N, _I),
     "pack_linear": (_P, _N, _N, _N, _P, _I),
-    "linear": (ctypes.POINTER(LinearArguments),),
-    "unpack_rows": (ctypes.POINTER(LinearArguments), _P, _N, _P),
-    "dequantize_rows": (ctypes.POINTER(QuantizedArguments), _P, _N, _P),
     "quantize": (ctypes.POINTER(QuantizedWeight), _P, _N, _I),
-    "quantized_linear": (ctypes.POINTER(QuantizedArguments),),
 }
 _SIZES: dict[str, tuple[type, ...]] = {  # arguments; a size is returned
     "packed_bytes": (_N, _N, _I),
@@ -108,17 +157,39 @@ _SIZES: dict[str, tuple[type, ...]] = {  # arguments; a size is returned
 
 
 class Library:
-    """The kernels compiled for one instruction set; every function of csrc/kernels.h is an attribute."""
+    """The kernels compiled for one instruction set; every function of csrc/kernels.h is an attribute.
+
+    One for each operator table, so that one can record a program while another runs.
+
+    Attributes:
+        recording: where calls of kernels go instead of being carried out, while a program is recorded.
+    """
 
     def __init__(self, file: Path, instruction_set: str) -> None:
         library = ctypes.CDLL(str(file))
         self.instruction_set = instruction_set
-        for functions, returned in ((_FUNCTIONS, None), (_SIZES, c_int64)):
+        self.recording: list[tuple[Kernel, Arguments]] | None = None
+        for kernel, arguments in _KERNELS.items():
+            self._declare(library, kernel, (ctypes.POINTER(arguments),), None)
+        for functions, returned in ((_FUNCTIONS, None), (_SIZES, _N)):
             for name, argument_types in functions.items():
-                function = getattr(library, f"nanovllm_{name}")
-                function.argtypes, function.restype = argument_types, returned
-                setattr(self, name, function)
-        self.set_threads(torch.get_num_threads())
+                self._declare(library, name, argument_types, returned)
+
+    def _declare(self, library: ctypes.CDLL, name: str, arguments: tuple[Any, ...], returned: type | None) -> None:
+        function = getattr(library, f"nanovllm_{name}")
+        function.argtypes, function.restype = arguments, returned
+        setattr(self, name, function)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def call(self, kernel: Kernel, arguments: Arguments) -> None:
+        """Run a kernel, or record the call: its arguments as they are now."""
+        if self.recording is None:
+            kernel(arguments)
+        else:
+            self.recording.append((kernel, type(arguments).from_buffer_copy(arguments)))
 
 
 def supported_instruction_sets() -> list[str]:
@@ -131,7 +202,6 @@ def supported_instruction_sets() -> list[str]:
     ]
 
 
-@cache
 def load_library(instruction_set: str | None = None) -> Library | None:
     """The kernels for ``instruction_set``, by default ``$NANOVLLM_CPU_ISA`` or the best the CPU has.
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanovllm.errors import ParameterError
-from nanovllm.ops.cpu.library import DTYPES, Library, LinearArguments, QuantizedArguments, QuantizedWeight
-from nanovllm.ops.cpu.memory import advise_huge_pages
+from nanovllm.ops.cpu.library import (
+    DTYPES,
+    GatherArguments,
+    Kernel,
+    Library,
+    LinearArguments,
+    QuantizedArguments,
+    QuantizedWeight,
+)
+from nanovllm.ops.cpu.memory import Arena
 from nanovllm.ops.operators import Operators
 
 
@@ -38,24 +45,30 @@ QUANTIZATIONS = {
 
 @dataclass(slots=True)
 class PackedWeight:
-    """A weight in a kernel's own layout, and a call of the kernel that lacks only the tensors."""
+    """A weight in a kernel's own layout, and a call that lacks only the tensors: of its product, and of its rows."""
 
     memory: tuple[Tensor, ...]
     outputs: int
     inputs: int
     dtype: torch.dtype
     call: LinearArguments | QuantizedArguments
-    run: Callable[..., None]
+    product: Kernel
+    rows: Kernel
 
 
 class CpuLinear:
-    """The operators ``pack_linear`` and ``linear``; ``quantization`` is a name of ``QUANTIZATIONS`` or None."""
+    """The operators ``pack_linear``, ``linear`` and ``weight_rows``.
+
+    ``quantization`` is a name of ``QUANTIZATIONS`` or None.
+    """
 
     def __init__(self, library: Library, base: Operators, quantization: str | None = None) -> None:
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ParameterError(f"choose one of {', '.join(QUANTIZATIONS)}", "quantization", quantization)
         self._library = library
         self._base = base
+        self._arena = Arena()
+        self._gather = GatherArguments()
         self._quantization = None if quantization is None else QUANTIZATIONS[quantization]
 
     def pack_linear(self, weight: Tensor) -> PackedWeight | Tensor:
@@ -71,21 +84,26 @@ class CpuLinear:
         if weight.dtype == torch.bfloat16 and (inputs % 2 or weight.stride(0) % 2 or weight.data_ptr() % 4):
             return self._base.pack_linear(weight)
         dtype = DTYPES[weight.dtype]
-        memory = _allocate(self._library.packed_bytes(outputs, inputs, dtype))
-        self._library.pack_linear(weight.data_ptr(), outputs, inputs, weight.stride(0), memory.data_ptr(), dtype)
-        call = LinearArguments(packed=memory.data_ptr(), inputs=inputs, outputs=outputs, x_stride=inputs, dtype=dtype)
-        return PackedWeight((memory,), outputs, inputs, weight.dtype, call, self._library.linear)
+        library = self._library
+        memory = self._arena.allocate(library.packed_bytes(outputs, inputs, dtype))
+        library.pack_linear(weight.data_ptr(), outputs, inputs, weight.stride(0), memory.data_ptr(), dtype)
+        call = LinearArguments(packed=memory.data_ptr(), inputs=inputs, outputs=outputs, dtype=dtype)
+        return PackedWeight((memory,), outputs, inputs, weight.dtype, call, library.linear, library.unpack_rows)
 
     def _quantize(self, weight: Tensor, quantization: Quantization) -> PackedWeight:
         outputs, inputs = weight.shape
         group, bits = quantization.group or inputs, quantization.bits
-        memory = _allocate(self._library.quantized_bytes(outputs, inputs, bits))
-        scales = torch.empty(self._library.scale_count(outputs, inputs, group), dtype=torch.bfloat16)
+        library = self._library
+        memory = self._arena.allocate(library.quantized_bytes(outputs, inputs, bits))
+        scales = self._arena.allocate(2 * library.scale_count(outputs, inputs, group))
         packed = QuantizedWeight(memory.data_ptr(), scales.data_ptr(), outputs, inputs, group, bits)
         dtype = DTYPES[weight.dtype]
-        self._library.quantize(packed, weight.data_ptr(), weight.stride(0), dtype)
+        library.quantize(packed, weight.data_ptr(), weight.stride(0), dtype)
         call = QuantizedArguments(weight=packed, digits=quantization.digits, dtype=dtype)
-        return PackedWeight((memory, scales), outputs, inputs, weight.dtype, call, self._library.quantized_linear)
+        memories = (memory, scales)
+        return PackedWeight(
+            memories, outputs, inputs, weight.dtype, call, library.quantized_linear, library.dequantize_rows
+        )
 
     def linear(self, x: Tensor, packed: PackedWeight | Tensor, bias: Tensor | None) -> Tensor:
         """See ``reference.linear``; a row of the result has the same bits whatever the other rows of x are."""
@@ -98,7 +116,7 @@ class CpuLinear:
         call = packed.call
         call.x, call.out, call.rows = x.data_ptr(), out.data_ptr(), rows
         call.bias = None if bias is None else bias.data_ptr()
-        packed.run(call)
+        self._library.call(packed.product, call)
         return out
 
     def rows(self, packed: PackedWeight | Tensor, indices: Tensor) -> Tensor:
@@ -106,18 +124,21 @@ class CpuLinear:
 
         Exactly the rows that were packed; those of a quantised weight as its products see them, rounded to the dtype.
         """
-        if not isinstance(packed, PackedWeight):
-            return self._base.weight_rows(packed, indices)
-        out = torch.empty((indices.shape[0], packed.inputs), dtype=packed.dtype)
         indices = indices.contiguous()
-        if isinstance(packed.call, LinearArguments):
-            self._library.unpack_rows(packed.call, indices.data_ptr(), indices.shape[0], out.data_ptr())
-        else:
-            self._library.dequantize_rows(packed.call, indices.data_ptr(), indices.shape[0], out.data_ptr())
+        if not isinstance(packed, PackedWeight):
+            return self._gather_rows(packed, indices)
+        out = torch.empty((indices.shape[0], packed.inputs), dtype=packed.dtype)
+        call = packed.call
+        call.x, call.out, call.rows = indices.data_ptr(), out.data_ptr(), indices.shape[0]
+        self._library.call(packed.rows, call)
         return out
 
-
-def _allocate(size: int) -> Tensor:
-    memory = torch.empty(size, dtype=torch.uint8)
-    advise_huge_pages(memory)
-    return memory
+    def _gather_rows(self, weight: Tensor, indices: Tensor) -> Tensor:
+        if not weight.is_contiguous():
+            return self._base.weight_rows(weight, indices)
+        out = torch.empty((indices.shape[0], weight.shape[1]), dtype=weight.dtype)
+        call = self._gather
+        call.indices, call.source, call.out = indices.data_ptr(), weight.data_ptr(), out.data_ptr()
+        call.rows, call.row_bytes = indices.shape[0], weight.shape[1] * weight.itemsize
+        self._library.call(self._library.gather_rows, call)
+        return out

@@ -6,10 +6,13 @@ import ctypes
 import mmap
 from functools import cache
 
+import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
+_CHUNK = 64 * _HUGE_PAGE
+_ALIGNMENT = 64  # a cache line
 
 
 @cache
@@ -30,3 +33,25 @@ def advise_huge_pages(tensor: Tensor) -> None:
     madvise = _madvise()
     if madvise is not None and size >= _HUGE_PAGE and start % mmap.PAGESIZE == 0:
         madvise(start, size // _HUGE_PAGE * _HUGE_PAGE, _MADV_HUGEPAGE)
+
+
+class Arena:
+    """Memory for many weights, side by side in large chunks: all but a chunk's edges lie in large pages.
+
+    On its own, a weight of a few MB would often get memory that the process has used before, in small pages. A chunk
+    lives as long as one of the tensors in it; what is never written takes no memory.
+    """
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def allocate(self, size: int) -> Tensor:
+        """An uninitialised tensor uint8 [size], aligned to cache lines."""
+        if self._used + size > self._chunk.nbytes:
+            self._chunk = torch.empty(max(size, _CHUNK) + _HUGE_PAGE, dtype=torch.uint8)
+            advise_huge_pages(self._chunk)
+            self._used = -self._chunk.data_ptr() % _HUGE_PAGE
+        memory = self._chunk[self._used : self._used + size]
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return memory
