@@ -110,6 +110,13 @@ def test_an_idle_server_uses_no_processor_time():
     assert (ticks() - before) / os.sysconf("SC_CLK_TCK") <= 0.03
 
 
+def test_the_front_process_has_no_torch():
+    server = shared_server()
+    (engine,) = children(server.process.pid)
+    front, behind = (Path(f"/proc/{pid}/maps").read_text() for pid in (server.process.pid, engine))
+    assert "libtorch" not in front and "libtorch" in behind
+
+
 # -- addresses --------------------------------------------------------------------------------------------------------
 
 

@@ -49,8 +49,7 @@ def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
         openapi_url="/openapi.json" if docs else None,
     )
     context = app.state.context = ServeContext(engine, args)
-    if hasattr(engine, "observers"):
-        add_metrics(app, engine, context.model_names[0])
+    add_metrics(app, engine, context.model_names[0])
     for router in ROUTERS:
         app.include_router(router)
     add_handlers(app)

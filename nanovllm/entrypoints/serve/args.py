@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.errors import ParameterError
+from nanovllm.parsers import REASONING_PARSERS, TOOL_PARSERS
 
 
 @dataclass
@@ -65,5 +66,8 @@ class ServeArgs:
                 raise ParameterError("must not be negative", name, getattr(self, name))
         if self.stream_interval < 1:
             raise ParameterError("must be at least 1", "stream_interval", self.stream_interval)
+        for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if getattr(self, name) and getattr(self, name) not in known:
+                raise ParameterError(f"must be one of {', '.join(known)}", name, getattr(self, name))
         if self.enable_auto_tool_choice and not self.tool_call_parser:
             raise ParameterError("needs tool_call_parser", "enable_auto_tool_choice", True)
