@@ -162,8 +162,10 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
     model = Qwen3(shape).to(args.device)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    muon = {"lr": args.learning_rate, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers: list[torch.optim.Optimizer] = [  # Muon in two halves, for two workers
+        torch.optim.Muon(matrices[::2], **muon),
+        torch.optim.Muon(matrices[1::2], **muon),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     step, place, log = 0, (0, -1), []
@@ -197,8 +199,7 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
         loss_sum += sum(loss for loss, _ in results)
         tokens += sum(batch.ids.numel() for batch in pair)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        list(workers.map(lambda optimizer: optimizer.step(), optimizers))
         model.zero_grad(set_to_none=True)
         step += 1
         progress.update()

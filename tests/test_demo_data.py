@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from demo_data import arithmetic, chat, corpus, knowledge, phrases, questions, tools  # noqa: E402
+from demo_data import (  # noqa: E402
+    arithmetic,
+    chat,
+    corpus,
+    facts,
+    knowledge,
+    lists,
+    patterns,
+    phrases,
+    questions,
+    tools,
+)
 
 ASSETS = ROOT / "nanovllm" / "assets" / "demo"
 
@@ -51,21 +64,81 @@ def test_a_changed_fact_changes_the_answer() -> None:
     assert "32 tokens" in topics["block-size"].en.keys[0]
 
 
-def test_facts_agree_with_the_defaults_of_the_engine() -> None:
-    sampling = pytest.importorskip("nanovllm.sampling_params")
-    facts, params = knowledge.load_facts(), sampling.SamplingParams()
-    for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "n"):
-        assert facts[name] == str(getattr(params, name)), name
+def test_facts_are_those_of_the_code() -> None:
+    """If this fails, a default has changed: write facts.json anew; the next training makes the answers say so."""
+    assert knowledge.load_facts() == facts.collect()
 
 
-def test_facts_agree_with_the_package() -> None:
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    facts = knowledge.load_facts()
-    assert f'name = "{facts["package"]}"' in project
-    assert f'license = "{facts["licence"]}"' in project
-    assert f'requires-python = ">={facts["python"]}"' in project
-    assert f'"torch>={facts["torch"]}"' in project
-    assert (ROOT / facts["module"] / "__init__.py").exists()
+def test_a_size_that_answers_state_is_that_of_the_shipped_model() -> None:
+    parameters = json.loads((ASSETS / "training.json").read_text())["parameters"]
+    assert knowledge.load_facts()["size"] == {4: "four million", 5: "five million"}[round(parameters / 1e6)]
+
+
+def test_what_answers_name_is_in_the_code() -> None:
+    """Commands, options, parameters and fields that answers put between backticks."""
+    from nanovllm.config import EngineArgs
+    from nanovllm.entrypoints.cli.main import COMMANDS, make_parser
+    from nanovllm.entrypoints.serve.args import ServeArgs
+
+    sampling = (ROOT / "nanovllm" / "sampling_params.py").read_text(encoding="utf-8")
+    fields = {field.name for settings in (EngineArgs, ServeArgs) for field in dataclasses.fields(settings)}
+    fields |= set(re.findall(r"^    (\w+):", sampling, re.MULTILINE))
+    fields |= {"chat_template_kwargs", "enable_thinking", "tools", "stream", "block_size", "vllm", "nanovllm", "demo"}
+    options = {
+        option
+        for name in COMMANDS
+        for option in re.findall(r"--[a-z][a-z-]+", make_parser([name]).format_help() + _help(name))
+    }
+    options |= {f"--{name.replace('_', '-')}" for name in fields}
+    quoted = {
+        text
+        for topic in knowledge.load_topics()
+        for side in (topic.en, topic.zh)
+        for text in re.findall(r"`([^`]+)`", f"{side.answer} {side.more}")
+    }
+    assert len(quoted) > 50
+    for text in quoted:
+        for option in re.findall(r"--[a-z][a-z-]+", text):
+            assert option in options, text
+        words = text.split()
+        if words[0] == "nanovllm" and len(words) > 1:
+            assert words[1] in COMMANDS, text
+        elif re.fullmatch(r"\w+", words[0].partition("=")[0]) and len(words) == 1:
+            assert words[0].partition("=")[0] in fields | set(COMMANDS) | set(POLICIES), text
+
+
+POLICIES = ("fcfs", "priority")
+
+
+def _help(name: str) -> str:
+    shown = subprocess.run(
+        [sys.executable, "-m", "nanovllm", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return shown.stdout
+
+
+def test_what_answers_call_planned_is_refused() -> None:
+    from nanovllm.config import EngineArgs
+    from nanovllm.errors import ParameterError
+
+    for name, value in (("device", "npu"), ("tensor_parallel_size", 2)):
+        with pytest.raises(ParameterError):
+            EngineArgs(**{name: value}).build()
+
+
+def test_patterns_stand_for_their_alternatives() -> None:
+    rng = Random(0)
+    drawn = {patterns.expand("[a|b [c|d]|] e[f|g]", rng) for _ in range(300)}
+    assert drawn == {f"{first}e{last}" for first in ("a ", "b c ", "b d ", "") for last in "fg"}
+    for topic in knowledge.load_topics():
+        for language in ("en", "zh"):
+            assert (topic.key in patterns.patterns(language)) == (topic.kind != "unknown")
+
+
+@pytest.mark.parametrize("pattern", ["a [b|c", "a ]b"])
+def test_a_faulty_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="bracket"):
+        patterns.expand(pattern, Random(0))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +197,28 @@ def test_training_never_asks_a_held_out_question() -> None:
 def test_drawn_questions_are_not_held_out_ones() -> None:
     source, rng = corpus.Corpus(), Random(11)
     held = {normal(text) for topic in source.topics for side in (topic.en, topic.zh) for text in side.test_questions}
+    fresh = {normal(text) for texts in lists.lists("held_out.txt").values() for text in texts}
     asked = [normal(source.question(rng.choice(source.topics), rng.choice(("en", "zh")), rng)) for _ in range(20000)]
     assert sum(text in held for text in asked) < 20  # a slip of the pen may turn one question into another
+    assert len({text for text in asked if text in fresh}) < 5
+    assert not fresh & held
+
+
+def test_held_out_questions_are_of_every_topic() -> None:
+    for topic in knowledge.load_topics():
+        for language in ("en", "zh"):
+            assert len(questions.held_out(language, topic.key)) >= 2, topic.key
+    known = {name for family in tools.families() for name in family.names}
+    unknown = {name for family in tools.load_families("held_out_tools.txt") for name in family.names}
+    assert len(unknown) >= 20 and not known & unknown
+
+
+def test_held_out_requests_are_worded_anew() -> None:
+    rng = Random(4)
+    for language in ("en", "zh"):
+        for family, ask in questions.new_wordings(language):
+            asks = family.zh if language == "zh" else family.en
+            assert normal(ask) not in {normal(patterns.expand(rng.choice(asks), rng)) for _ in range(300)}
 
 
 def test_sums_are_right_and_held_out_ones_stay_out() -> None:

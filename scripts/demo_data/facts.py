@@ -14,17 +14,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # What answers call planned, by the beginning of its row in the table of features.
-PLANNED = ("CUDA (flash", "Ascend (FIA", "tensor, pipeline")
+PLANNED = ("Ascend (FIA", "tensor, pipeline")
 
 
 def collect() -> dict[str, str]:
     """The facts by name, as they are put into answers.
 
     Raises:
-        ValueError: something that the answers call planned is not, or a command they name does not exist.
+        ValueError: something that the answers call planned is not.
     """
     sys.path.insert(0, str(ROOT))
     from nanovllm.config import EngineArgs
+    from nanovllm.entrypoints.serve.args import ServeArgs
     from nanovllm.hub import DEMO_MODEL
     from nanovllm.sampling_params import SamplingParams
 
@@ -38,7 +39,7 @@ def collect() -> dict[str, str]:
         "python": _find(r'^requires-python = ">=(.*)"', project),
         "torch": _find(r'"torch>=(.*?)"', project),
         "block_size": config.cache.block_size,
-        "port": 8000,
+        "port": ServeArgs().port,
         "default_model": DEMO_MODEL,
         "max_logprobs": args.max_logprobs,
         "policy": args.scheduling_policy,
