@@ -10,7 +10,16 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from nanovllm import __version__
-from nanovllm.entrypoints.serve import chat_completions, completions, messages, models, responses, system, tokens
+from nanovllm.entrypoints.serve import (
+    chat_completions,
+    completions,
+    embeddings,
+    messages,
+    models,
+    responses,
+    system,
+    tokens,
+)
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import add_handlers
@@ -28,6 +37,7 @@ ROUTERS = (
     chat_completions.router,
     responses.router,
     messages.router,
+    embeddings.router,
     tokens.router,
 )
 
