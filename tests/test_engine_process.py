@@ -160,6 +160,7 @@ def test_a_real_model_gives_the_same_text_and_the_front_has_no_torch(tmp_path: P
     params = SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=12, logprobs=2, prompt_logprobs=1)
     with LLM(**settings) as llm:
         (expected,) = llm.generate("hello world", params, use_tqdm=False)
+        (vector,) = llm.encode("hello world", pooling_task="embed", use_tqdm=False)
     script = f"""
 import asyncio, sys
 from nanovllm import AsyncEngineArgs, AsyncLLM, SamplingParams
@@ -168,15 +169,18 @@ async def main():
     llm = AsyncLLM.launch(AsyncEngineArgs(**{settings!r}))
     params = SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=12, logprobs=2, prompt_logprobs=1)
     outputs = [output async for output in llm.generate("hello world", params, "a")]
+    (vector,) = [output async for output in llm.encode("hello world", None, "b")]
     llm.shutdown()
-    print((outputs[-1].outputs, outputs[-1].prompt_logprobs))
+    print((outputs[-1].outputs, outputs[-1].prompt_logprobs, vector.outputs.data.tolist()))
 
 asyncio.run(main())
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == repr((expected.outputs, expected.prompt_logprobs))
+    assert done.stdout.splitlines()[-1] == repr(
+        (expected.outputs, expected.prompt_logprobs, vector.outputs.data.tolist())
+    )
 
 
 # -- slow readers ----------------------------------------------------------------------------------------------------

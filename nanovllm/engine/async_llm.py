@@ -12,7 +12,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm.config import EngineArgs, EngineConfig
@@ -20,6 +21,7 @@ from nanovllm.engine.child_core import ChildCore
 from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace, make_core
 from nanovllm.engine.family import child_ids
+from nanovllm.engine.input import EngineInput
 from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
 from nanovllm.engine.output import AnyOutput
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
@@ -58,10 +60,10 @@ class Stream:
     __slots__ = ("_waiter", "end")
 
     def __init__(self) -> None:
-        self.end: RequestOutput | BaseException | None = None  # nothing comes after it
+        self.end: AnyOutput | BaseException | None = None  # nothing comes after it
         self._waiter: asyncio.Future[None] | None = None
 
-    def close(self, end: RequestOutput | BaseException) -> None:
+    def close(self, end: AnyOutput | BaseException) -> None:
         """Give the last word, the first time."""
         self.end = self.end or end
         self.wake()
@@ -162,7 +164,7 @@ class AsyncLLM(EngineFace):
             self._ready_waiters.append(waiter)
             await waiter
 
-    async def generate(
+    def generate(
         self,
         prompt: PromptType,
         sampling_params: SamplingParams | None,
@@ -179,16 +181,34 @@ class AsyncLLM(EngineFace):
             EngineGenerateError: a step with this request failed; the engine goes on.
             EngineDeadError: the engine has stopped; unless it is `errored`, it is being restarted.
         """
+        params = sampling_params if sampling_params is not None else self.input.default_params()
+        return self._stream(partial(self.input.process, prompt, params), params, request_id, priority)
+
+    def encode(
+        self,
+        prompt: PromptType,
+        pooling_params: PoolingParams | None,
+        request_id: str,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """The vector of a prompt, as a stream of one output. Raises what `generate` raises."""
+        return self._stream(partial(self.input.process_pooling, prompt, pooling_params), None, request_id, priority)
+
+    async def _stream(
+        self, prepare: Callable[[], EngineInput], params: SamplingParams | None, request_id: str, priority: int
+    ) -> AsyncGenerator[Any, None]:
+        """A request's life. ``prepare`` checks and tokenises it; ``params``: as the user gave them, if he did."""
         arrival = time.monotonic()
         self._check_alive()
         if request_id in self._streams:
             raise ParameterError("a request of this id is under way", "request_id", request_id)
         stream = self._streams[request_id] = Stream()
-        params = sampling_params if sampling_params is not None else self.input.default_params()
         try:
             await self.ready()
-            prepared = await asyncio.to_thread(self.input.process, prompt, params)
+            prepared = await asyncio.to_thread(prepare)
             self._check_alive()
+            params = params or prepared.params
             ids = child_ids(request_id, prepared.params.n)
             self.output.add(request_id, prepared, params, ids, arrival)
             if request_id in self._aborted:
@@ -197,7 +217,6 @@ class AsyncLLM(EngineFace):
                 self.stats.add(ids, arrival)
                 self._core.send(Add(request_id, prepared, self._next_seed(), priority))
             finished = False
-            output: AnyOutput | BaseException
             while not finished:
                 if stream.end is not None:
                     output = stream.end
@@ -208,58 +227,18 @@ class AsyncLLM(EngineFace):
                     continue
                 if isinstance(output, BaseException):
                     raise output
-                assert isinstance(output, RequestOutput)
                 finished = output.finished
                 if finished:
                     self.stats.finished(output, params)
-                failed = next((c for c in output.outputs if c.finish_reason == "error"), None)
-                if failed is not None:
-                    raise EngineGenerateError(f"request {request_id}: {failed.stop_reason}")
+                if isinstance(output, RequestOutput):
+                    _raise_if_failed(output)
+                    if prepared.pooling is not None:
+                        return  # aborted: there is no vector
                 yield output
         finally:
             final = self._abort(request_id)
-            if final is not None:
+            if final is not None and params is not None:
                 self.stats.finished(final, params)
-            self._streams.pop(request_id, None)
-            self._aborted.discard(request_id)
-
-    async def encode(
-        self,
-        prompt: PromptType,
-        pooling_params: PoolingParams | None,
-        request_id: str,
-        *,
-        priority: int = 0,
-    ) -> AsyncGenerator[PoolingRequestOutput, None]:
-        """Yield the vector of a prompt, the only output there is. Leaving early aborts the request.
-
-        Raises:
-            ParameterError, EngineGenerateError, EngineDeadError: as `generate`.
-        """
-        arrival = time.monotonic()
-        self._check_alive()
-        if request_id in self._streams:
-            raise ParameterError("a request of this id is under way", "request_id", request_id)
-        stream = self._streams[request_id] = Stream()
-        try:
-            await self.ready()
-            prepared = await asyncio.to_thread(self.input.process_pooling, prompt, pooling_params)
-            self._check_alive()
-            if request_id in self._aborted:
-                return
-            self.output.add(request_id, prepared, prepared.params, child_ids(request_id, 1), arrival)
-            self._core.send(Add(request_id, prepared, self._next_seed(), priority))
-            while stream.end is None and not self.output.is_due(request_id):
-                await stream.wait()
-            output = stream.end or self.output.hand_out(request_id)
-            if isinstance(output, BaseException):
-                raise output
-            if isinstance(output, PoolingRequestOutput):
-                yield output
-            elif output.outputs[0].finish_reason == "error":
-                raise EngineGenerateError(f"request {request_id}: {output.outputs[0].stop_reason}")
-        finally:
-            self._abort(request_id)
             self._streams.pop(request_id, None)
             self._aborted.discard(request_id)
 
@@ -419,3 +398,10 @@ class AsyncLLM(EngineFace):
         self._log_timer = None
         if self._log is not None and self._log.report():
             self._log_later()
+
+
+def _raise_if_failed(output: RequestOutput) -> None:
+    """A completion that ended with an error ends its request with an exception."""
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise EngineGenerateError(f"request {output.request_id}: {completion.stop_reason}")

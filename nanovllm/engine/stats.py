@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from nanovllm.engine.output import AnyOutput
     from nanovllm.engine.plan import EngineOutput, StepPlan
     from nanovllm.engine.request import Request
     from nanovllm.engine.scheduler import Scheduler
-    from nanovllm.outputs import RequestOutput
     from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Observer(Protocol):
     def step(self, record: StepRecord) -> None:
         """A step has ended, or the queue has changed without one."""
 
-    def finished(self, output: RequestOutput, params: SamplingParams) -> None:
+    def finished(self, output: AnyOutput, params: SamplingParams) -> None:
         """A request has ended, in whatever way; ``output`` is its last."""
 
 
@@ -193,7 +193,7 @@ class EngineStats:
             except Exception:  # whoever watches must not stop what is watched
                 logger.exception("An observer of the engine failed.")
 
-    def finished(self, output: RequestOutput, params: SamplingParams) -> None:
+    def finished(self, output: AnyOutput, params: SamplingParams) -> None:
         """A request has ended."""
         for observer in self.observers:
             try:
@@ -245,7 +245,7 @@ class StatsLog:
         self._queries += stats.prefix_cache_queries
         self._hits += stats.prefix_cache_hits
 
-    def finished(self, output: RequestOutput, params: SamplingParams) -> None:
+    def finished(self, output: AnyOutput, params: SamplingParams) -> None:
         pass
 
     @property

@@ -18,10 +18,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from nanovllm.outputs import PoolingRequestOutput
+
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
+    from nanovllm.engine.output import AnyOutput
     from nanovllm.engine.stats import StepRecord
-    from nanovllm.outputs import RequestOutput
     from nanovllm.sampling_params import SamplingParams
 
 FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
@@ -98,12 +100,11 @@ class MetricsObserver(Collector):
         for seconds, count in record.intervals:
             self._interval.observe(seconds, count)
 
-    def finished(self, output: RequestOutput, params: SamplingParams) -> None:
+    def finished(self, output: AnyOutput, params: SamplingParams) -> None:
         """A request has ended."""
         times = output.metrics
         assert times is not None
-        reasons = [completion.finish_reason for completion in output.outputs if completion.finish_reason]
-        self._finished[reasons[-1] if reasons else "abort"] += 1
+        self._finished[_finish_reason(output)] += 1
         generated = times.num_generation_tokens
         self._times["e2e"].observe(times.last_token_ts - times.arrival_ts)
         if times.scheduled_ts:
@@ -229,6 +230,13 @@ def add_metrics(app: FastAPI, engine: AsyncLLM, model_name: str) -> MetricsObser
         return Response(body, media_type=content_type)
 
     return observer
+
+
+def _finish_reason(output: AnyOutput) -> str:
+    """Of the output that ended last; a vector is always complete."""
+    if isinstance(output, PoolingRequestOutput):
+        return "stop"
+    return next(completion.finish_reason for completion in reversed(output.outputs) if completion.finish_reason)
 
 
 def one_two_five(most: int) -> list[int]:
