@@ -15,7 +15,7 @@ class TextPrompt(_TextPromptRequired, total=False):
     Keys:
         prompt: the text.
         cache_salt: only prompts with the same salt share cached blocks.
-        reasoning_ended: the answer begins at once, whatever the prompt ends with; see ``reasoning_parser``.
+        reasoning_ended: with a ``reasoning_parser``, the answer begins at once unless the prompt ends within reasoning.
     """
 
     cache_salt: str
@@ -33,7 +33,7 @@ class TokensPrompt(_TokensPromptRequired, total=False):
         prompt_token_ids: the ids, taken as they are.
         prompt: the text they stand for, handed back in the output.
         cache_salt: only prompts with the same salt share cached blocks.
-        reasoning_ended: the answer begins at once, whatever the prompt ends with; see ``reasoning_parser``.
+        reasoning_ended: with a ``reasoning_parser``, the answer begins at once unless the prompt ends within reasoning.
     """
 
     prompt: str

@@ -44,13 +44,13 @@ def make_builder(tokenizer: Tokenizer | None, **config: Any) -> GuideBuilder:
     return GuideBuilder(StructuredOutputsConfig(**config), tokenizer, compiler)
 
 
-def build(builder: GuideBuilder, prompt: str = "hi", **options: Any) -> GuideSpec | None:
+def build(builder: GuideBuilder, prompt: str = "hi", ended: bool = False, **options: Any) -> GuideSpec | None:
     """The spec of a request; ``options`` are those of the constraint, or ``params`` with those of the request."""
     params = SamplingParams(**options.pop("params", {}))
     if options:
         params.structured_outputs = StructuredOutputsParams(**options)
     assert builder._tokenizer is not None
-    return builder.build(params, builder._tokenizer.encode(prompt), frozenset({IM_END}), reasoning_ended=False)
+    return builder.build(params, builder._tokenizer.encode(prompt), frozenset({IM_END}), reasoning_ended=ended)
 
 
 def accepts(builder: GuideBuilder, text: str, **constraint: Any) -> bool:
@@ -326,19 +326,20 @@ def thinker(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> G
 @pytest.mark.parametrize(
     ("prompt", "thinking"),
     [
-        ("<|im_start|>assistant\n", True),
+        ("<|im_start|>assistant\n", None),
         ("<|im_start|>assistant\n<think>\n", True),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
-        ("<|im_start|>assistant\n<think>a</think>b<|im_end|>\n<|im_start|>assistant\n", True),
+        ("<|im_start|>assistant\n<think>a</think>b<|im_end|>\n<|im_start|>assistant\n", None),
         ("<|im_start|>assistant\n<think>a</think>The answer", False),
-        ("plain", True),
+        ("plain", None),
     ],
 )
 def test_the_answer_begins_behind_the_reasoning_unless_the_prompt_has_closed_it(
-    thinker: GuideBuilder, prompt: str, thinking: bool
+    thinker: GuideBuilder, prompt: str, thinking: bool | None
 ):
-    spec = build(thinker, prompt, regex="a+")
-    assert spec is not None and bool(spec.think_end) == thinking
+    for ended in (False, True):  # decides where the prompt does not say
+        spec = build(thinker, prompt, ended, regex="a+")
+        assert spec is not None and bool(spec.think_end) == (not ended if thinking is None else thinking)
 
 
 def test_the_grammar_begins_behind_the_end_marker(thinker: GuideBuilder, tokenizer: Tokenizer):

@@ -41,7 +41,7 @@ class GuideBuilder:
         Args:
             prompt: token ids, in which the reasoning may have been begun or closed.
             eos_token_ids: of the model, whether or not the request ignores them.
-            reasoning_ended: the answer begins at once, whatever the prompt ends with.
+            reasoning_ended: the answer begins at once, unless the prompt ends within reasoning.
 
         Raises:
             ParameterError: the constraint cannot be honoured.
@@ -59,7 +59,7 @@ class GuideBuilder:
                 "thinking_token_budget",
                 budget,
             )
-        if self._reasoning is not None and not in_reasoning and not reasoning_ended and not self._closed(prompt):
+        if self._reasoning is not None and not in_reasoning and self._thinks(prompt, not reasoning_ended):
             spec = self._with_reasoning(spec, budget)
         return None if spec == GuideSpec() else spec
 
@@ -104,15 +104,16 @@ class GuideBuilder:
             think_budget=budget,
         )
 
-    def _closed(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt's last turn has finished its reasoning already."""
+    def _thinks(self, prompt: Sequence[int], expected: bool) -> bool:
+        """Whether reasoning comes first: as the prompt's last turn says by its markers, or else as expected."""
         assert self._reasoning is not None
         tokenizer = self._need_tokenizer("thinking_token_budget")
         markers = {*self._ids(self._reasoning.start), *self._ids(self._reasoning.end)}
         special = set(tokenizer.all_special_ids) - markers
         begin = next((i + 1 for i in range(len(prompt) - 1, -1, -1) if prompt[i] in special), 0)
         turn = tokenizer.decode(list(prompt[begin:]), skip_special_tokens=False)
-        return turn.rfind(self._reasoning.end) > turn.rfind(self._reasoning.start)
+        opened, closed = turn.rfind(self._reasoning.start), turn.rfind(self._reasoning.end)
+        return expected if opened == closed else opened > closed
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._need_tokenizer("thinking_token_budget").encode(text, add_special_tokens=False))

@@ -64,6 +64,8 @@ def _prompt(
         prompt["prompt"] = text
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
+    if request.thinking_token_budget is None:  # nothing is expected of a text but what it says itself
+        prompt["reasoning_ended"] = True
     return prompt  # type: ignore[return-value]
 
 
