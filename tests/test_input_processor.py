@@ -12,6 +12,7 @@ import tiny_tokenizers
 from nanovllm.config import StructuredOutputsConfig
 from nanovllm.engine.input import UNSUPPORTED_PARAMETERS, InputProcessor
 from nanovllm.errors import ModelError, ParameterError
+from nanovllm.pooling_params import PoolingConfig
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 MAX_MODEL_LEN = 64
@@ -23,6 +24,7 @@ def make_config(tokenizer, **model):
         "tokenizer": tokenizer,
         "tokenizer_mode": "auto",
         "trust_remote_code": False,
+        "hf_config": {},
         "chat_template": None,
         "max_model_len": MAX_MODEL_LEN,
         "vocab_size": VOCAB_SIZE,
@@ -31,7 +33,9 @@ def make_config(tokenizer, **model):
         "max_logprobs": 20,
     }
     return SimpleNamespace(
-        model=SimpleNamespace(**{**defaults, **model}), structured_outputs=StructuredOutputsConfig()
+        model=SimpleNamespace(**{**defaults, **model}),
+        structured_outputs=StructuredOutputsConfig(),
+        pooling=PoolingConfig(),
     )
 
 
