@@ -23,8 +23,8 @@ from nanovllm.engine.face import EngineFace, make_core
 from nanovllm.engine.family import child_ids
 from nanovllm.engine.input import EngineInput
 from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
-from nanovllm.engine.output import AnyOutput
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
+from nanovllm.engine.stream import Stream
 from nanovllm.engine.thread_core import Listener, ThreadCore
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError
 from nanovllm.outputs import PoolingRequestOutput, RequestOutput
@@ -52,30 +52,6 @@ class RunningCore(Protocol):
     def send(self, command: Command) -> None: ...
 
     def stop(self) -> None: ...
-
-
-class Stream:
-    """What a consumer waits at. Outputs are not queued here: one that is slow finds all that is new as one output."""
-
-    __slots__ = ("_waiter", "end")
-
-    def __init__(self) -> None:
-        self.end: AnyOutput | BaseException | None = None  # nothing comes after it
-        self._waiter: asyncio.Future[None] | None = None
-
-    def close(self, end: AnyOutput | BaseException) -> None:
-        """Give the last word, the first time."""
-        self.end = self.end or end
-        self.wake()
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        """Until `wake`."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
 
 
 class AsyncLLM(EngineFace):
