@@ -113,7 +113,7 @@ class ServeContext:
         for name in fields or ():
             if name not in self._warned and len(self._warned) < MAX_WARNED:
                 self._warned.add(name)
-                logger.warning("Requests hold a field that is unknown and has no effect: %.80s", name)
+                logger.warning("Requests hold a field that is unknown and has no effect: %s", repr(name)[:80])
 
     def log_request(self, request_id: str, prompt: Any, params: Any, labels: dict[str, Any]) -> None:
         """With ``enable_log_requests``: what came, its text cut to ``max_log_len`` characters or tokens."""
