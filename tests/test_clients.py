@@ -61,7 +61,7 @@ def with_anthropic(server: Served, use: Callable[[anthropic.AsyncAnthropic], Awa
     return asyncio.run(main())
 
 
-# -- OpenAI: models, completions, chat ----------------------------------------------------------------------------------
+# -- OpenAI: models, completions, chat ---------------------------------------------------------------------------------
 
 
 def test_models_are_listed(client: openai.OpenAI):
@@ -209,7 +209,7 @@ def test_openai_async(server: Served):
     assert with_openai(server, use) == ["2 + 3 = 5."] * 16
 
 
-# -- OpenAI: responses --------------------------------------------------------------------------------------------------
+# -- OpenAI: responses -------------------------------------------------------------------------------------------------
 
 
 def test_responses(client: openai.OpenAI):
@@ -269,7 +269,7 @@ def test_responses_in_the_background(server: Served):
     assert with_openai(server, use) == ("2 + 3 = 5.", "cancelled")
 
 
-# -- Anthropic ----------------------------------------------------------------------------------------------------------
+# -- Anthropic ---------------------------------------------------------------------------------------------------------
 
 
 def text_of(message: anthropic.types.Message) -> str:
