@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from serving import Served, served
 
 LIMIT = 20.0  # seconds within which a request is answered
-EXAMPLES = 8
+EXAMPLES = 6
 QUESTION: list[Any] = [{"role": "user", "content": "Hi"}]
 GOOD: dict[str, dict[str, Any]] = {  # requests that succeed
     "POST /v1/completions": {"prompt": "1, 2,", "max_tokens": 3},
@@ -95,4 +95,4 @@ def test_no_field_of_a_good_request_makes_a_fault(server: Served, operations: li
 
         ask()
     server.wait_until_idle(LIMIT)
-    assert statuses[200] > 10 and statuses[400] > 10
+    assert statuses[200] > 5 and statuses[400] > 0
