@@ -46,6 +46,15 @@ def test_cpu_workloads(tmp_path: Path):
     assert results["limits"]["bandwidth"] > 0 and results["limits"]["flops"] > 0
 
 
+def test_serve_overhead(tmp_path: Path):
+    options = ["--rounds", "1", "--streams", "4", "--input-len", "8", "--output-len", "6", "--only", "throughput,delay"]
+    results = run_benchmark("serve_overhead", tmp_path / "out.json", *options)
+    assert set(results["throughput"]["cpu_seconds"]) == {"front", "engine", "client"}
+    assert len(results["throughput"]["rounds"]) == 1 and results["throughput"]["ratio"] > 0
+    to_socket, to_client = results["delay"]["to the socket"], results["delay"]["to the client"]
+    assert 0 < to_socket["p50"] < to_client["p50"] < 10_000 and to_socket["p99"] < to_client["p99"]
+
+
 def test_startup_sees_the_first_byte_before_the_end():
     first, whole = measure([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(0.3)"])
     assert first is not None and 0 < first < whole - 0.2

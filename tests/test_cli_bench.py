@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -292,3 +293,41 @@ def test_an_unusable_sharegpt_file_is_answered(model: Path, tmp_path: Path):
         sharegpt_requests(str(file), tokenizer, 1)
     with pytest.raises(ParameterError, match="needs a tokenizer"):
         sharegpt_requests(str(file), None, 1)
+
+
+# -- start-up ---------------------------------------------------------------------------------------------------------
+
+
+def test_startup_prints_vllms_lines_and_keys(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    file = tmp_path / "startup.json"
+    counts = ["--num-iters-cold", "1", "--num-iters-warmup", "0", "--num-iters-warm", "2"]
+    assert main(bench("startup", model, *counts, "--output-json", file)) == 0
+    seconds = r"\d+\.\d{2} seconds\n"
+    percentiles = "".join(rf"  {percentage}%: {seconds}" for percentage in (10, 25, 50, 75, 90, 99))
+    phase = (
+        rf"STARTUP:\nAvg startup time: {seconds}Avg compilation time: 0\.00 seconds\n"
+        rf"Startup time percentiles:\n{percentiles}Compilation time percentiles:\n(?:  \d\d%: 0\.00 seconds\n){{6}}"
+    )
+    title = "=" * 60 + "\nSTARTUP TIME BENCHMARK RESULTS\n" + "=" * 60 + "\n"
+    output = capfd.readouterr().out
+    assert re.fullmatch(rf"{title}\nCOLD {phase}\nWARM {phase}={{60}}\n", output), output
+    written = json.loads(file.read_text())
+    assert list(written) == [
+        f"{start}{phase}_{kind}{end}"
+        for phase in ("cold", "warm")
+        for kind in ("startup", "compilation")
+        for start, end in (("avg_", "_time"), ("", "_times"), ("", "_percentiles"))
+    ]
+    assert len(written["cold_startup_times"]) == 1 and len(written["warm_startup_times"]) == 2
+    assert written["avg_warm_startup_time"] == pytest.approx(sum(written["warm_startup_times"]) / 2)
+    assert list(written["cold_startup_percentiles"]) == ["10", "25", "50", "75", "90", "99"]
+
+
+def test_an_engine_that_does_not_start_is_one_line(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    for file in broken.glob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    assert main(bench("startup", broken)) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("nanovllm: error: ") and errors.count("\n") == 1 and str(broken) in errors
