@@ -35,6 +35,8 @@ PHASES = ("schedule", "update", "output")
 class NoModel:
     """An executor whose tokens are drawn from a list; both handle and executor."""
 
+    grammars = None
+
     def __init__(self, num_blocks: int, tokens: list[int]) -> None:
         self.num_blocks = num_blocks
         self._tokens = itertools.cycle(tokens)
@@ -57,6 +59,7 @@ def make_engine(running: int, model: str) -> tuple[LLMEngine, NoModel]:
     args = EngineArgs(
         model=model,
         load_format="dummy",
+        disable_log_stats=True,
         quantization=None,
         block_size=BLOCK_SIZE,
         max_num_seqs=running,
