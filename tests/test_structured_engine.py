@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_checkpoint
@@ -17,7 +19,9 @@ from tiny_tokenizers import qwen
 
 from nanovllm import LLM, BeamSearchParams, SamplingParams
 from nanovllm.engine.invariants import InvariantChecker
+from nanovllm.engine.structured import Limits
 from nanovllm.errors import ParameterError
+from nanovllm.runner.guidance import apply_limits, mask_on_device
 from nanovllm.sampling_params import StructuredOutputsParams
 
 VOCAB_SIZE, IM_END = 337, 332  # of tiny_tokenizers.qwen
@@ -228,6 +232,29 @@ def test_a_refused_constraint_queues_nothing(llm: LLM):
     with pytest.raises(ParameterError, match="uniqueItems"):
         generate(llm, ["x", "x"], [constrained(regex="a"), constrained(json={"type": "array", "uniqueItems": True})])
     assert not llm.llm_engine.core.scheduler.requests
+
+
+def test_limits_change_nothing_but_the_logits_they_name():
+    rows, vocab = 5, 40
+    limits = Limits(
+        closed=np.array([1, 4]),
+        allowed=np.array([vocab + 3, vocab + 7, 4 * vocab]),
+        banned=np.array([2 * vocab + 1, 2 * vocab + 39]),
+        forced=np.array([4 * vocab]),
+    )
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    want = logits.clone()
+    want[1, [i for i in range(vocab) if i not in (3, 7)]] = -torch.inf
+    want[4, 1:] = -torch.inf
+    want[2, [1, 39]] = -torch.inf
+    on_host, on_device = logits.clone(), logits.clone()
+    assert apply_limits(on_host, limits).tolist() == [4 * vocab]
+    mask_on_device(on_device, limits)
+    assert torch.equal(on_host, want) and torch.equal(on_device, want)
+    unchanged = logits.clone()
+    assert not len(apply_limits(unchanged, Limits()))
+    mask_on_device(unchanged, Limits())
+    assert torch.equal(unchanged, logits)
 
 
 # -- however the work is cut -------------------------------------------------------------------------------------------
