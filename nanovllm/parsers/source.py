@@ -105,11 +105,9 @@ class Source:
         """
         while True:
             pending = self.pending
-            found = min(((pending.find(marker), marker) for marker in markers if marker in pending), default=None)
-            if found is not None:
-                end, marker = found
-            else:
-                end, marker = len(pending) - (0 if self.closed else _overlap(pending, markers)), ""
+            end, marker = _first(pending, markers)
+            if not marker and not self.closed:
+                end -= _overlap(pending, markers)
             if end > 0:
                 self.position += end
                 sink(pending[:end])
@@ -125,11 +123,23 @@ class Source:
         return "".join(parts)
 
 
+def _first(text: str, markers: tuple[str, ...]) -> tuple[int, str]:
+    """Where the first of the markers in ``text`` begins, and which it is; the end of the text and "" without one."""
+    first, found = len(text), ""
+    for marker in markers:
+        position = text.find(marker, 0, first + len(marker) - 1)
+        if position >= 0:
+            first, found = position, marker
+    return first, found
+
+
 def _overlap(text: str, markers: tuple[str, ...]) -> int:
     """Length of the longest ending of ``text`` that begins a marker without completing it."""
-    longest = max(map(len, markers), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        ending = text[-length:]
-        if any(marker.startswith(ending) for marker in markers):
-            return length
-    return 0
+    longest = 0
+    for marker in markers:
+        position = text.find(marker[0], max(0, len(text) - len(marker) + 1))
+        while position >= 0 and not marker.startswith(text[position:]):
+            position = text.find(marker[0], position + 1)
+        if position >= 0:
+            longest = max(longest, len(text) - position)
+    return longest
