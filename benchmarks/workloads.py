@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +92,18 @@ def parameters(shape: dict[str, Any]) -> tuple[int, int]:
     return layer * shape["num_hidden_layers"], shape["vocab_size"] * hidden
 
 
-def limits(shape: dict[str, Any], scale: float, bandwidth: float, flops: float) -> dict[str, float]:
+def time_workloads(generate: Callable[[Workload], None], works: dict[str, Workload]) -> dict[str, float]:
+    """Seconds by workload, after a short one that does not count."""
+    generate(Workload(next(iter(works.values())).prompts, [4], 0.0))
+    seconds = {}
+    for name, work in works.items():
+        start = time.perf_counter()
+        generate(work)
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def limits(shape: dict[str, Any], scale: float, bandwidth: float, flops: float, bits: float = 16.0) -> dict[str, float]:
     """The most tokens per second that memory and arithmetic allow, by workload.
 
     ``bs1`` reads every weight once per token. The other two are bound by arithmetic: two operations per weight and
@@ -99,6 +112,7 @@ def limits(shape: dict[str, Any], scale: float, bandwidth: float, flops: float) 
     Args:
         bandwidth: bytes per second of reading memory.
         flops: operations per second of a bfloat16 matrix product.
+        bits: of a weight.
     """
     layers, head = parameters(shape)
     pair = 4 * shape["num_attention_heads"] * shape["head_dim"] * shape["num_hidden_layers"]
@@ -110,6 +124,6 @@ def limits(shape: dict[str, Any], scale: float, bandwidth: float, flops: float) 
             operations += 2 * layers * tokens + 2 * head * output_len + pair * tokens * (tokens + 1) // 2
         seconds = operations / flops
         if name == "bs1":
-            seconds = max(seconds, work.output_lens[0] * 2 * (layers + head) / bandwidth)
+            seconds = max(seconds, work.output_lens[0] * bits / 8 * (layers + head) / bandwidth)
         result[name] = work.num_tokens / seconds
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from startup import measure  # noqa: E402
 from workloads import QWEN3_0_6B, limits, parameters, workloads  # noqa: E402
 
 
-def run_benchmark(name: str, output: Path, *options: str) -> dict[str, Any]:
+def run_benchmark(name: str, output: Path, *options: str, without: str = "") -> dict[str, Any]:
     command = [sys.executable, f"benchmarks/{name}.py", *options, "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None, check=False)
+    environment = {key: value for key, value in os.environ.items() if key != without}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     assert results["command"].startswith(f"python benchmarks/{name}.py") and results["date"][:2] == "20"
@@ -36,14 +38,25 @@ def test_host_cost(tmp_path: Path):
     assert [row["requests"] for row in results["whole_life"]] == [4, 4, 9, 9]
 
 
-def test_cpu_workloads(tmp_path: Path):
+def test_cpu_peers(tmp_path: Path):
     pytest.importorskip("transformers")
-    options = ["--shape", "tiny", "--scale", "0.1", "--rounds", "1", "--workloads", "bs1", "batch"]
-    results = run_benchmark("cpu_workloads", tmp_path / "out.json", *options)
-    for name in ("bs1", "batch"):
-        assert set(results["tokens_per_second"][name]) == {"nanovllm", "transformers"}
-        assert all(speed > 0 for speed in results["tokens_per_second"][name].values())
+    options = ["--shape", "tiny", "--scale", "0.1", "--rounds", "1", "--workloads", "bs1", "batch",
+               "--models", str(tmp_path),
+               "--engines", "nanovllm bf16", "nanovllm int4", "transformers bf16", "llama.cpp q4_0"]  # fmt: skip
+    results = run_benchmark("cpu_peers", tmp_path / "out.json", *options, without="NANOVLLM_PEER_LLAMA_CPP")
+    assert list(results["tokens_per_second"]) == ["nanovllm bf16", "nanovllm int4", "transformers bf16"]
+    for speeds in results["tokens_per_second"].values():
+        assert speeds["bs1"] > 0 and speeds["batch"] > 0
     assert results["limits"]["bandwidth"] > 0 and results["limits"]["flops"] > 0
+    assert results["ratios"]["nanovllm bf16, bs1, over transformers bf16"] > 0
+    assert "no Python given" in results["skipped"]["llama.cpp q4_0"]
+    most = results["limits"]["tokens_per_second"]
+    assert most["nanovllm int4"]["bs1"] == pytest.approx(most["nanovllm bf16"]["bs1"] * 16 / 4.25)
+
+
+def test_a_peer_nobody_knows_is_an_error(tmp_path: Path):
+    with pytest.raises(AssertionError, match="NAME=PYTHON"):
+        run_benchmark("cpu_peers", tmp_path / "out.json", "--peer", "other=python")
 
 
 def test_serve_overhead(tmp_path: Path):
