@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,12 @@ import pytest
 from fake_executor import FakeExecutor, engine_config
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
+from nanovllm.engine import core_process
+from nanovllm.engine.channel import Channel
 from nanovllm.engine.child_core import ChildCore
+from nanovllm.engine.core_process import ChannelInbox
+from nanovllm.engine.messages import Update
+from nanovllm.engine.plan import EngineOutput
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ModelError, ParameterError
 
 LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
@@ -466,3 +472,29 @@ def test_an_idle_engine_uses_no_cpu_in_either_process():
 
     with engine() as llm:
         asyncio.run(main(llm))
+
+
+def test_an_engine_waits_for_a_front_that_leaves_too_much_unread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(core_process, "MOST_BACKLOG", 100_000)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        inbox, peer = ChannelInbox(Channel(ours)), Channel(theirs)
+        update = Update([EngineOutput("x" * 50_000, [1])])
+        sent = 0
+        while inbox._channel.backlog <= 100_000:
+            assert inbox.take(wait=False) == []  # it need not wait yet
+            inbox.deliver(update)
+            sent += 1
+        taken: list[object] = []
+        waiting = threading.Thread(target=lambda: taken.append(inbox.take(wait=False)))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        received = 0
+        while waiting.is_alive():
+            received += len(peer.receive())
+        waiting.join()
+        assert taken == [[]]
+        while received < sent:
+            inbox.take(wait=False)
+            received += len(peer.receive())

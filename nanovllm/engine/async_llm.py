@@ -334,7 +334,8 @@ class AsyncLLM(EngineFace):
     def _bury(self, death: Died) -> None:
         """The core has died: its requests end, and another one is started if that may help."""
         self._ready = False
-        logger.error("The engine has died: %s", death.error)
+        if self._was_ready or not isinstance(death.error, ValueError):  # what users can mend, `ready` tells them
+            logger.error("The engine has died: %s", death.error)
         self._end_all(EngineDeadError(f"the engine has stopped: {death.error}"))
         self.stats.reset()
         now = time.monotonic()

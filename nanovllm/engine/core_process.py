@@ -77,9 +77,10 @@ class ChannelInbox:
     def flush(self, seconds: float) -> None:
         """Wait until all was sent, but not for longer than that."""
         end = time.monotonic() + seconds
+        self._selector.modify(self._channel, selectors.EVENT_WRITE)
         with suppress(ChannelClosed):
             while self._channel.backlog and time.monotonic() < end:
-                select.select([], [self._channel], [], 0.1)
+                self._selector.select(0.1)
                 self._channel.flush()
 
     def _sleep(self) -> None:

@@ -9,7 +9,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
@@ -58,8 +58,8 @@ def _defaults(cls: type) -> list[tuple[str, Any]]:
 def _readers(cls: type) -> dict[str, Callable[[Any], Any]]:
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__name__} is no plain data")
-    hints = get_type_hints(cls, vars(sys.modules[cls.__module__]))
-    return {f.name: _reader(hints[f.name]) for f in dataclasses.fields(cls)}
+    names = vars(sys.modules[cls.__module__])  # annotations are text there (PEP 563)
+    return {f.name: _reader(eval(str(f.type), names)) for f in dataclasses.fields(cls)}
 
 
 def _reader(hint: Any) -> Callable[[Any], Any]:
