@@ -25,6 +25,7 @@ GREEDY_EPSILON = 1e-5  # a temperature below it means argmax
 MIN_TEMPERATURE = 1e-2  # smaller positive temperatures overflow the scaled logits
 MAX_N = 16384
 MAX_LOGIT_BIAS = 100.0
+MAX_LOGPROB_TOKEN_IDS = 128
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -166,7 +167,9 @@ class SamplingParams:
         min_tokens: before this many tokens neither EOS nor a stop id nor a stop string ends the output.
         logprobs: log-probabilities per output token: this many of the likeliest, and the token itself; -1 means all.
         prompt_logprobs: the same for the prompt's tokens. Such a request does not read the prefix cache.
-        logprob_token_ids, prompt_logprob_token_ids, prompt_logprob_start: ids to score.
+        logprob_token_ids: also the log-probabilities of these tokens, at most 128, in every position of the output.
+        prompt_logprob_token_ids: the same in every position of the prompt but the first.
+        prompt_logprob_start: the prompt's first position to score.
         flat_logprobs: hand out log-probabilities as flat arrays.
         detokenize: make text; without it outputs hold token ids only.
         skip_special_tokens: leave special tokens out of the text.
@@ -298,6 +301,11 @@ class SamplingParams:
         self.stop = [self.stop] if isinstance(self.stop, str) else _items("stop", self.stop)
         self.bad_words = list(dict.fromkeys(_items("bad_words", self.bad_words)))
         self.stop_token_ids = list(dict.fromkeys(_token_ids("stop_token_ids", self.stop_token_ids or [])))
+        for name, count in (("logprob_token_ids", "logprobs"), ("prompt_logprob_token_ids", "prompt_logprobs")):
+            if (ids := getattr(self, name)) is not None:
+                setattr(self, name, list(dict.fromkeys(_token_ids(name, ids))))
+                if getattr(self, count) is None:  # the token's own, and those asked for by name
+                    setattr(self, count, 0)
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = list(dict.fromkeys(_token_ids("allowed_token_ids", self.allowed_token_ids)))
         if self.logit_bias is not None:
@@ -359,6 +367,10 @@ class SamplingParams:
             )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ParameterError("allowed_token_ids is not None and empty!", "allowed_token_ids", [])
+        for name in ("logprob_token_ids", "prompt_logprob_token_ids"):
+            ids = getattr(self, name)
+            if ids is not None and not 0 < len(ids) <= MAX_LOGPROB_TOKEN_IDS:
+                raise ParameterError(f"{name} must hold 1 to {MAX_LOGPROB_TOKEN_IDS} ids", name, ids)
 
     @classmethod
     def from_optional(cls, **fields: Any) -> SamplingParams:

@@ -23,8 +23,8 @@ from nanovllm.sampling_params import SamplingParams
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULE_PAGES = ["design", "scheduler", "kv-cache", "attention", "sampling", "models", "text", "api", "cli", "structured-output",
-                "embeddings"]  # fmt: skip
+MODULE_PAGES = ["design", "scheduler", "kv-cache", "attention", "sampling", "models", "text", "api", "cli",
+                "structured-output", "embeddings"]  # fmt: skip
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Words that look like names of ours and are none.

@@ -36,6 +36,7 @@ class Completion:
         "_logprobs",
         "_min_tokens",
         "_num_handed_out",
+        "_num_named",
         "_parts",
         "_stop_strings",
         "_tokenizer",
@@ -61,6 +62,7 @@ class Completion:
             if params.stop:
                 self._stop_strings = StopStrings(params.stop, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
+        self._num_named = len(params.logprob_token_ids or ())
         self._drop_ending = not params.include_stop_str_in_output
         self._delta = kind is RequestOutputKind.DELTA
         # Nobody reads the text before the end, so it is made there.
@@ -167,5 +169,5 @@ class Completion:
     def _add_logprobs(self, positions: list[TokenLogprobs]) -> None:
         assert self._logprobs is not None
         for position in positions:
-            self._logprobs.append(position_logprobs(position, self._tokenizer))
+            self._logprobs.append(position_logprobs(position, self._tokenizer, self._num_named))
             self._cumulative_logprob += float(position.logprobs[0])

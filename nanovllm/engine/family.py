@@ -35,7 +35,8 @@ def make_family(request_id: str, prompt: EngineInput, max_model_len: int, defaul
         own = params
         if index > 0 and params.prompt_logprobs is not None:  # the first one's are everybody's
             own = params.clone()
-            own.prompt_logprobs, own.skip_reading_prefix_cache = None, False
+            own.prompt_logprobs = own.prompt_logprob_token_ids = None
+            own.skip_reading_prefix_cache = False
         family.append(
             Request(
                 child_id,

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 UNSUPPORTED_PARAMETERS = (
     "extra_args",
     "trace_decode_token_ids",
-    "logprob_token_ids",
-    "prompt_logprob_token_ids",
     "prompt_logprob_start",
     "flat_logprobs",
 )
@@ -129,7 +127,8 @@ class InputProcessor:
         eos_token_ids = frozenset() if resolved.ignore_eos else self.eos_token_ids
         self._check_ids("stop_token_ids", stop_token_ids)
         self._check_ids("logit_bias", resolved.logit_bias or ())
-        self._check_ids("allowed_token_ids", resolved.allowed_token_ids or ())
+        for name in ("allowed_token_ids", "logprob_token_ids", "prompt_logprob_token_ids"):
+            self._check_ids(name, getattr(resolved, name) or ())
         bad_words_ids = self._bad_words_ids(resolved)
         _check_something_allowed(resolved, stop_token_ids | eos_token_ids, bad_words_ids)
         if resolved.stop and self.tokenizer is None:

@@ -209,7 +209,10 @@ class OutputProcessor:
             if not child.heard_of:
                 request.num_cached_tokens = output.num_cached_tokens
             if request.prompt_logprobs is not None and output.prompt_logprobs:
-                request.prompt_logprobs += [position_logprobs(each, self._tokenizer) for each in output.prompt_logprobs]
+                num_named = len(request.engine_input.params.prompt_logprob_token_ids or ())
+                request.prompt_logprobs += [
+                    position_logprobs(each, self._tokenizer, num_named) for each in output.prompt_logprobs
+                ]
         if output.new_token_ids:
             child.heard_of = True
             request.stats.first_token_ts = request.stats.first_token_ts or now

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from nanovllm.runner.input_batch import InputBatch, StepInput
 from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
 from nanovllm.runner.logprobs import gather_logprobs
 from nanovllm.runner.pooler import Pooler
+from nanovllm.runner.ragged import to_device
 from nanovllm.runner.sampler import Sampler, mark_invalid
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ class ModelRunner:
         self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode)
         self.guidance = Guidance(model)
         self.pooler = Pooler()
-        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # row -> (number of likeliest, prompt length)
+        # row -> (number of likeliest, ids asked for by name, prompt length)
+        self._prompt_logprobs: dict[int, tuple[int, Tensor | None, int]] = {}
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -150,7 +153,9 @@ class ModelRunner:
             self._prompt_logprobs.pop(start.row, None)
             if (asked := start.params.prompt_logprobs) is not None:
                 count = self.model.vocab_size if asked == -1 else min(asked, self.model.vocab_size)
-                self._prompt_logprobs[start.row] = count, start.num_prompt_tokens
+                named = start.params.prompt_logprob_token_ids
+                ids = None if named is None else to_device(np.array(named, np.int64), self.device)
+                self._prompt_logprobs[start.row] = count, ids, start.num_prompt_tokens
         self.batch.update_blocks(plan.block_updates)
         if plan.copies:
             sources, targets = zip(*plan.copies, strict=True)
@@ -162,7 +167,7 @@ class ModelRunner:
         for index, row in enumerate(plan.rows):
             if row not in self._prompt_logprobs:
                 continue
-            count, num_prompt = self._prompt_logprobs[row]
+            count, named, num_prompt = self._prompt_logprobs[row]
             first, begin = plan.num_computed[index], inputs.meta.query_start_loc[index]
             # The logits at a position judge the token behind it; the prompt's last position judges the first output.
             scored = min(plan.num_new[index], num_prompt - 1 - first)
@@ -171,7 +176,7 @@ class ModelRunner:
                 end = min(done + PROMPT_ROWS, scored)
                 scores = self.sampler.to_scores(self.model.compute_logits(hidden[begin + done : begin + end]))
                 tokens = self.batch.tokens[row, first + done + 1 : first + end + 1].to(torch.int64)
-                results += gather_logprobs(scores, tokens, count)
+                results += gather_logprobs(scores, tokens, count, named)
             if results:
                 found[index] = results
         return found

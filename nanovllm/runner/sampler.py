@@ -109,12 +109,19 @@ class Sampler:
         chosen = chosen.index_select(0, to_device(wanted, logits.device))
         found: dict[int, TokenLogprobs] = {}
         counts = self.state.num_logprobs[rows[wanted]]
+        named = [self.state.named[row] for row in rows[wanted]]
+        plain = np.array([ids is None for ids in named])
         # One selection per distinct count, not the largest for all: ties must not depend on the batch.
         for count in np.unique(counts).tolist():
-            which = np.flatnonzero(counts == count)
+            which = np.flatnonzero((counts == count) & plain)
+            if not len(which):
+                continue
             index = to_device(which, logits.device)
             results = gather_logprobs(scores.index_select(0, index), chosen.index_select(0, index), count)
             found.update(zip(wanted[which].tolist(), results, strict=True))
+        for i in np.flatnonzero(~plain).tolist():
+            ids = to_device(named[i], scores.device)
+            found[int(wanted[i])] = gather_logprobs(scores[i : i + 1], chosen[i : i + 1], int(counts[i]), ids)[0]
         return found
 
 

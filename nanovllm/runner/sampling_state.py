@@ -36,6 +36,7 @@ class SamplingState:
         allowed, stop_ids, bias_ids: int64 arrays of token ids.
         bias: float32, aligned with bias_ids.
         bad_words: what may not come next; see BadWords.
+        named: int64 arrays of token ids whose log-probabilities are asked for; None without.
     """
 
     def __init__(self, max_rows: int, vocab_size: int) -> None:
@@ -54,6 +55,7 @@ class SamplingState:
         self.bias_ids: list[Array] = [none] * max_rows
         self.bias: list[Array] = [none] * max_rows
         self.bad_words: list[BadWords | None] = [None] * max_rows
+        self.named: list[Array | None] = [None] * max_rows
 
     def start(self, start: RowStart) -> None:
         """A request takes the row."""
@@ -85,6 +87,8 @@ class SamplingState:
         if params.logprobs is not None:
             features |= LOGPROBS
             self.num_logprobs[row] = self._num_logprobs(params.logprobs)
+            ids = params.logprob_token_ids
+            self.named[row] = None if ids is None else np.array(ids, np.int64)
         self.features[row] = features
         self._start_choice(start)
 
