@@ -33,4 +33,4 @@ class Operators:
     copy_blocks: Callable[[Sequence[tuple[Tensor, Tensor]], Sequence[int], Sequence[int]], None]
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
-    record: Callable[[Forward, int, int], Forward | None]
+    record: Callable[..., Forward | None]

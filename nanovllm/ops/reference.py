@@ -159,9 +159,10 @@ def paged_attention(
 # ---- whole steps --------------------------------------------------------------------------------------------------
 
 
-def record(forward: Forward, max_tokens: int, block_size: int) -> Forward | None:
+def record(forward: Forward, max_tokens: int, block_size: int, eager: bool = False) -> Forward | None:
     """What computes the same as ``forward`` for up to ``max_tokens`` tokens, with less work between the operators.
 
     None if there is no such thing, and ``forward`` itself should be called. Its result is valid until the next call.
+    ``eager``: operators are to be called one by one, with results that are the same, bit for bit.
     """
     return None

@@ -17,3 +17,9 @@ def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """
     host = torch.from_numpy(array)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def upload(array: np.ndarray[Any, Any], target: Tensor) -> None:
+    """Copy the array into ``target``, of the same size and dtype, behind the work that still reads it."""
+    host = torch.from_numpy(array)
+    target.copy_(host if target.device.type == "cpu" else host.pin_memory(), non_blocking=True)

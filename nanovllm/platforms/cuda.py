@@ -1,8 +1,7 @@
-"""An NVIDIA GPU: its memory, its number formats, its streams, its graphs."""
+"""An NVIDIA GPU: its memory, its number formats, its copies to the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -94,38 +93,6 @@ class CudaPlatform:
     def copy_back(self, tensor: Tensor) -> HostCopy:
         """Start to copy a tensor to the host, behind the work that makes it; nothing waits until the copy is read."""
         return HostCopy(tensor)
-
-    def capture(self, work: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-        """Record the device's part of ``work`` as a graph; returns (replay, what ``work`` returned).
-
-        ``work`` runs twice before (kernels are compiled and chosen on the first run, which cannot be recorded) and
-        leaves the same memory behind each time: it must give the same result however often it runs. Its tensors live in
-        ``pool``, which graphs that never run at the same time share.
-        """
-        import torch
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = work()
-        return graph.replay, result
-
-    def new_pool(self) -> Any:
-        """A memory pool for graphs."""
-        import torch
-
-        return torch.cuda.graph_pool_handle()
-
-    def synchronize(self) -> None:
-        """Wait for all work of the GPU."""
-        import torch
-
-        torch.cuda.synchronize()
 
 
 class HostCopy:

@@ -134,10 +134,8 @@ class ModelRunner:
         def forward(input_ids: Tensor, positions: Tensor, meta: AttentionMetadata) -> Tensor:
             return model.forward(input_ids, positions, kv_caches, meta)
 
-        if config.enforce_eager:
-            return forward
         most = config.scheduler.max_num_batched_tokens
-        return self.ops.record(forward, most, config.cache.block_size) or forward
+        return self.ops.record(forward, most, config.cache.block_size, config.enforce_eager) or forward
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from nanovllm.ops.transfer import to_device
+
+__all__ = ["Array", "ragged_ranges", "to_device"]
 
 Array = np.ndarray[Any, Any]
 
@@ -17,8 +19,3 @@ def ragged_ranges(starts: Array, lengths: Array) -> Array:
     # Within row i the running index is too large by where the row begins and too small by its start.
     shift = starts - (np.cumsum(lengths) - lengths)
     return np.arange(total, dtype=np.int64) + np.repeat(shift, lengths)
-
-
-def to_device(array: Array, device: torch.device) -> Tensor:
-    """The array as a tensor on ``device``; on the CPU it shares the array's memory."""
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -112,8 +112,10 @@ class Program:
         return self._hidden[:tokens]
 
 
-def record(library: Library, forward: Forward, max_tokens: int, block_size: int) -> Program | None:
-    """Record ``forward`` for up to ``max_tokens`` tokens; None if it consists of more than kernels."""
+def record(library: Library, forward: Forward, max_tokens: int, block_size: int, eager: bool = False) -> Program | None:
+    """Record ``forward`` for up to ``max_tokens`` tokens; None if it consists of more than kernels, or if ``eager``."""
+    if eager:
+        return None
     input_ids, positions, slots = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(3))
     meta = AttentionMetadata(
         query_start_loc=[0, max_tokens],

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from nanovllm.errors import ParameterError
-from nanovllm.ops.operators import Operators
+from nanovllm.ops.operators import Forward, Operators
+
+if TYPE_CHECKING:
+    from nanovllm.ops.cuda.attention import TritonAttention
+    from nanovllm.ops.cuda.graphs import DecodeGraphs
 
 __all__ = ["ATTENTION_BACKENDS", "Hardware", "operators"]
 
@@ -81,9 +87,20 @@ def operators(
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         weight_rows=linear.weight_rows,
+        norm_rotate_write=elementwise.norm_rotate_write,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
+        record=partial(_record, attention),
     )
+
+
+def _record(
+    attention: TritonAttention, forward: Forward, max_tokens: int, block_size: int, eager: bool = False
+) -> DecodeGraphs:
+    """See ``reference.record``; eager steps see the same padded batches, so that their results are the same."""
+    from nanovllm.ops.cuda.graphs import CudaCapture, DecodeGraphs
+
+    return DecodeGraphs(forward, attention, None if eager else CudaCapture(), max_tokens, block_size)
 
 
 def _why_no_triton(hardware: Hardware) -> str | None:

@@ -1,0 +1,188 @@
+"""Recorded decode steps on a device that replays exactly what was recorded (fake_gpu.py)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fake_gpu import HARDWARE, FakeCapture, FakeGpu, fake_operators
+from paged import load_model, make_metadata
+from tiny_models import make_checkpoint
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.models import Decoder
+from nanovllm.ops.cuda import attention, graphs
+from nanovllm.ops.cuda.attention import Tiles, TritonAttention
+from nanovllm.ops.cuda.graphs import BUCKETS, DecodeGraphs
+
+BLOCK = 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    make_checkpoint(path, "qwen3", num_hidden_layers=1)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "decode_tiles", lambda *_: Tiles(16, 16, 4, 2))
+    monkeypatch.setattr(attention, "long_tiles", lambda *_: Tiles(16, 16, 4, 2))
+
+
+class Steps:
+    """Decode steps of a model over caches of its own; ``forward`` may be recorded."""
+
+    def __init__(self, model: Decoder, capture: FakeCapture | None, wrap: bool = True, max_tokens: int = 8) -> None:
+        self.model = model
+        shape = (40, BLOCK, model.num_kv_heads, model.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        self.caches = [
+            (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+            for _ in range(model.num_layers)
+        ]
+        planner = TritonAttention(HARDWARE.multiprocessors, HARDWARE.shared_memory)
+        self.forward: Callable[..., Tensor] = self._plain
+        if wrap:
+            self.forward = DecodeGraphs(self._plain, planner, capture, max_tokens, BLOCK)
+
+    def _plain(self, ids: Tensor, positions: Tensor, meta: Any) -> Tensor:
+        return self.model.forward(ids, positions, self.caches, meta)
+
+    @torch.inference_mode()
+    def run(self, tables: list[list[int]], contexts: list[int], news: list[int] | None = None) -> Tensor:
+        news = news or [1] * len(tables)
+        meta = make_metadata(tables, contexts, news, BLOCK)
+        positions = torch.cat([torch.arange(c, c + n) for c, n in zip(contexts, news, strict=True)])
+        ids = (positions * 7 + torch.arange(len(positions))) % 100
+        return self.forward(ids, positions, meta).clone()
+
+    def cells(self) -> list[Tensor]:
+        """What the caches hold, but for the padding block."""
+        return [cache[1:] for pair in self.caches for cache in pair]
+
+
+def tables(*sizes: int, seed: int = 0) -> list[list[int]]:
+    ids = list(range(1, 40))
+    random.Random(seed).shuffle(ids)
+    return [[ids.pop() for _ in range(size)] for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Decoder:
+    return load_model(checkpoint, ops=fake_operators("cuda"))
+
+
+def test_replays_give_what_launches_give_bit_for_bit(model: Decoder) -> None:
+    """Batches that grow, shrink and move: full and padded buckets, other lengths, other blocks."""
+    capture = FakeCapture()
+    recorded, launched, unpadded = Steps(model, capture), Steps(model, None), Steps(model, None, wrap=False)
+    steps = [
+        (tables(3, 1, 5, 2), [9, 0, 17, 5]),  # 4 rows: a bucket of their size
+        (tables(3, 1, 5, 2)[:0:-1], [5, 18, 3]),  # 3 of 4: the slot of the fourth row is now the first one's
+        (tables(6), [20]),
+        (tables(1, 2, 3, 4, 5, 6, 7, seed=2), [1, 7, 8, 13, 16, 23, 25]),  # 7 of 8
+        (tables(2, 2, 2, 2, seed=3), [4, 5, 6, 7]),
+    ]
+    for table, contexts in steps:
+        hidden = recorded.run(table, contexts)
+        assert torch.equal(hidden, launched.run(table, contexts))
+        torch.testing.assert_close(hidden, unpadded.run(table, contexts), atol=1e-5, rtol=1e-4)
+        for ours, theirs, wanted in zip(recorded.cells(), launched.cells(), unpadded.cells(), strict=True):
+            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+    assert (capture.captures, capture.replays) == (3, 5)  # one for each size, none twice
+
+
+@pytest.mark.parametrize(("sizes", "news"), [((3, 3), [1, 5]), ((2,) * 9, None), ((4,), [6])])
+def test_other_steps_are_launched(model: Decoder, sizes: tuple[int, ...], news: list[int] | None) -> None:
+    capture = FakeCapture()
+    recorded, plain = Steps(model, capture), Steps(model, None, wrap=False)
+    contexts = [2] * len(sizes)
+    assert torch.equal(recorded.run(tables(*sizes), contexts, news), plain.run(tables(*sizes), contexts, news))
+    assert capture.captures == 0
+
+
+def test_a_wider_block_table_is_recorded_anew(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_TABLE_WIDTH", 3)
+    capture = FakeCapture()
+    recorded, launched = Steps(model, capture), Steps(model, None)
+    for sizes, contexts in (((2, 2), [3, 4]), ((9, 2), [30, 4]), ((2, 2), [5, 1])):
+        assert torch.equal(recorded.run(tables(*sizes), contexts), launched.run(tables(*sizes), contexts))
+    assert capture.captures == 2
+
+
+def test_buckets_waste_at_most_a_third_from_16_rows_on() -> None:
+    assert BUCKETS[0] == 1 and all(b <= 2 * a for a, b in pairwise(BUCKETS))
+    assert all(2 * b <= 3 * a for a, b in pairwise(BUCKETS) if a >= 16)
+
+
+def test_the_fake_device_notices_what_cuda_would_not_forgive() -> None:
+    counter, place = torch.zeros(1), torch.zeros(3)
+    capture = FakeCapture()
+    lengths = [1]
+
+    def work() -> Tensor:
+        return place * 2 + counter + sum(lengths)
+
+    replay, result = capture(work)
+    assert result.isnan().all()  # nothing has been computed
+    counter.fill_(5)
+    lengths[0] = 100  # the host's numbers are those of the recording
+    replay()
+    assert result.tolist() == [6, 6, 6]
+    with pytest.raises(AssertionError, match="waits for the device"):
+        capture(lambda: place + place.sum().item())
+
+
+# ---- the whole engine -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
+    """Makes an engine on the fake GPU."""
+    monkeypatch.setattr("nanovllm.platforms.get_platform", lambda device: FakeGpu())
+    monkeypatch.setattr("nanovllm.runner.model_runner.get_platform", lambda device: FakeGpu())
+    monkeypatch.setattr("nanovllm.runner.model_runner.operator_table", fake_operators)
+    monkeypatch.setattr(graphs, "CudaCapture", FakeCapture)
+    settings = {"block_size": BLOCK, "max_num_seqs": 3, "dtype": "float32", "skip_tokenizer_init": True}
+
+    def make(**options: Any) -> LLM:
+        return LLM(str(checkpoint), **{**settings, "num_gpu_blocks_override": 200, **options})
+
+    return make
+
+
+PROMPTS = [[5], [11, 3, 120], list(range(20, 33)), list(range(20, 31)), [7, 7, 7, 99, 2, 64]]
+
+
+def generate(llm: LLM) -> list[list[int]]:
+    with llm:
+        params = [
+            SamplingParams(temperature=0.0, max_tokens=3 + i, ignore_eos=True, detokenize=False)
+            for i in range(len(PROMPTS))
+        ]
+        outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_the_engine_gives_the_tokens_of_a_cpu(
+    checkpoint: Path, engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = generate(engine())
+    assert recorded == generate(engine(enforce_eager=True))
+    assert recorded == generate(engine(num_gpu_blocks_override=8, max_num_batched_tokens=8))  # preemption, chunks
+    monkeypatch.undo()
+    with_cpu = LLM(str(checkpoint), block_size=BLOCK, max_num_seqs=3, dtype="float32", skip_tokenizer_init=True,
+                   device="cpu", num_gpu_blocks_override=200)  # fmt: skip
+    assert recorded == generate(with_cpu)
