@@ -194,6 +194,14 @@ def test_errors_are_raised_as_their_kind(
     assert isinstance(error.value.body, dict) and error.value.body["message"]
 
 
+def test_embeddings(client: openai.OpenAI):
+    one, two, three = client.embeddings.create(model="demo", input=["a block", "a block", "rain"]).data  # as base64
+    assert one.embedding == two.embedding != three.embedding
+    assert abs(sum(value * value for value in one.embedding) - 1) < 1e-3
+    plain = client.embeddings.create(model="demo", input="a block", encoding_format="float").data[0].embedding
+    assert max(abs(a - b) for a, b in zip(plain, one.embedding, strict=True)) < 1e-3
+
+
 def test_openai_async(server: Served):
     async def use(client: openai.AsyncOpenAI) -> Any:
         async def streamed() -> str:

@@ -215,6 +215,13 @@ def test_an_unknown_model_is_not_found(server: Served):
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
 
 
+def test_who_leaves_a_stream_ends_its_message(server: Served):
+    body = {**SUM, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", PATH, json=body) as answer:
+        next(answer.iter_lines())
+    server.wait_until_idle()
+
+
 def test_thinking_needs_a_reasoning_parser():
     server = shared_server()
     answer = server.post(PATH, {**SUM, **THINK})

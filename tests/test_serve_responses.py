@@ -11,9 +11,12 @@ import pytest
 from serving import Served, shared_server
 
 from nanovllm.entrypoints.serve.errors import ServeError
+from nanovllm.entrypoints.serve.generation import Usage
 from nanovllm.entrypoints.serve.responses_input import conversation, with_instructions
 from nanovllm.entrypoints.serve.responses_store import ResponseStore, StoredResponse
-from nanovllm.errors import ParameterError
+from nanovllm.entrypoints.serve.responses_stream import ResponseStream
+from nanovllm.errors import EngineGenerateError, ParameterError
+from nanovllm.parsers import Content
 
 PATH = "/v1/responses"
 SUM: dict[str, Any] = {"input": "What is 2 + 3?", "temperature": 0}
@@ -278,6 +281,42 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Served, fields: dict
     answer = server.post(PATH, {**SUM, **fields})
     assert answer.status_code == (404 if "model" in fields else 400)
     assert answer.json()["error"]["param"] == param
+
+
+def test_who_leaves_a_stream_ends_its_response(server: Served):
+    body = {"input": "Count.", "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", PATH, json=body) as answer:
+        next(answer.iter_lines())
+    server.wait_until_idle()
+
+
+class FailingReader:
+    """An answer that breaks off."""
+
+    usage = Usage()
+
+    async def parts(self) -> Any:
+        yield [Content("2 + ")]
+        raise EngineGenerateError("the step failed")
+
+
+def test_a_fault_in_a_stream_is_told_as_a_failed_response():
+    class Head:
+        def as_json(self, status: str, output: Any = None, usage: Any = None, error: Any = None) -> dict[str, Any]:
+            return {"status": status, "output": output, "error": error}
+
+    kept: list[Any] = []
+
+    async def main() -> bytes:
+        stream = ResponseStream(Head(), FailingReader(), kept.append)  # type: ignore[arg-type]
+        return b"".join([data async for data in stream.events()])
+
+    last = json.loads(asyncio.run(main()).rpartition(b"data: ")[2])
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"] == {"code": "server_error", "message": "the step failed"}
+    (item,) = last["response"]["output"]
+    assert (item["status"], item["content"][0]["text"]) == ("incomplete", "2 + ")
+    assert kept == [last["response"]]
 
 
 def test_items_of_the_assistant_in_a_row_become_one_message():
