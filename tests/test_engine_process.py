@@ -282,6 +282,24 @@ def test_a_killed_engine_is_started_again_as_often_as_was_asked():
         asyncio.run(main(llm))
 
 
+def test_requests_that_wait_for_the_engine_outlive_its_restarts():
+    async def main(llm: AsyncLLM) -> None:
+        await llm.ready()
+        waiting = []
+        for number in range(2):  # the second time while it loads
+            pid = child_pid(llm)
+            os.kill(pid, signal.SIGKILL)
+            while child_pid(llm) == pid:
+                await asyncio.sleep(0.001)
+            waiting += [asyncio.create_task(collect(llm, f"{number} {i}")) for i in range(3)]
+            await asyncio.sleep(0)
+        assert all(outputs[-1].finished for outputs in await asyncio.gather(*waiting))
+        await quiet(llm)
+
+    with engine(max_restarts=2) as llm:
+        asyncio.run(main(llm))
+
+
 def test_a_failed_step_ends_its_requests_only():
     async def main(llm: AsyncLLM) -> None:
         with pytest.raises(EngineGenerateError, match="on fire"):

@@ -287,6 +287,7 @@ class AsyncLLM(EngineFace):
         if loop is not self._loop:
             self._loop = loop
             self._log_timer = None
+            self._ready_waiters, self._replies = [], {}  # nobody waits on a loop that has ended
             self._core.listen(loop, self._receive)
 
     def _abort(self, request_id: str) -> RequestOutput | None:
@@ -345,14 +346,19 @@ class AsyncLLM(EngineFace):
         if may_restart and isinstance(self._core, ChildCore) and self._loop is not None:
             self._deaths.append(now)
             logger.warning("Starting the engine again (%d of %d).", len(self._deaths), self._max_restarts)
-            self._core = self._core.again()
-            self._core.listen(self._loop, self._receive)
-        else:
-            self._wake_ready()
+            try:
+                self._core = self._core.again()
+                self._core.listen(self._loop, self._receive)
+                return
+            except OSError:
+                logger.exception("It cannot be started.")
+        self._wake_ready()
 
     def _end_all(self, error: EngineDeadError) -> None:
-        for stream in list(self._streams.values()):
-            stream.close(error)
+        """End what the core was working on; requests that are still being prepared find out by themselves."""
+        for request_id, stream in self._streams.items():
+            if self.output.has(request_id):
+                stream.close(error)
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(error)
