@@ -224,7 +224,8 @@ def test_the_first_served_name_is_the_one_answers_carry(guarded: Served):
 def test_the_document_describes_every_endpoint(server: Served):
     document = server.client.get("/openapi.json").json()
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/health", "/version",
-            "/load", "/metrics", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"} <= set(document["paths"])  # fmt: skip
+            "/load", "/metrics", "/v1/responses", "/v1/messages",
+            "/v1/messages/count_tokens"} <= set(document["paths"])  # fmt: skip
     for path in ("/v1/completions", "/v1/chat/completions"):
         operation = document["paths"][path]["post"]
         assert {"200", "400", "401", "404", "413", "500", "503"} <= set(operation["responses"])

@@ -107,7 +107,8 @@ async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, ca
     if choice.mode != "none":
         parser = args.tool_call_parser or DEFAULT_TOOL_PARSER
         parallel = request.parallel_tool_calls is not False
-        constraint = tool_constraint(parser, tools, request.tool_choice, parallel, context.token_id)
+        content = request.constraint()
+        constraint = tool_constraint(parser, tools, request.tool_choice, parallel, context.token_id, content)
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     params = request.params(context.generation_defaults, constraint, output_kind=kind)
     if choice.mode != "none" or _marks_are_special(context):

@@ -59,10 +59,11 @@ class ChatStream:
                     begun = True
                     self._usage.add_prompt(output)
                     yield self._first_chunks(output)
-                chunks = [self._chunk(completion) for completion in output.outputs]
-                data = "".join(chunks)
-                if data:
-                    yield data.encode()
+                chunks = ""
+                for completion in output.outputs:
+                    chunks += self._chunk(completion)
+                if chunks:
+                    yield chunks.encode()
         finally:
             await source.aclose()
         if self._last_usage:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -160,32 +160,39 @@ class _Call:
         plain = not (body.echo or body.return_token_ids or body.logprobs is not None or every_usage)
         begun: dict[int, int] = {}  # choice -> characters before what comes next
         known_prompts: set[int] = set()
+        single = len(self.prompts) == 1  # the usual case takes no detour
+        source: AsyncGenerator[Any, None]
         if body.prompt_only and self.params.prompt_logprobs is None:
-            source = self._echoes()
+            source, single = self._echoes(), False
         else:
-            source = merged(self.streams())
-        async for index, output in source:
-            if index not in known_prompts:
-                known_prompts.add(index)
-                usage.add_prompt(output)
-            chunks = []
-            for completion in output.outputs:
-                number = index * self.params.n + completion.index
-                if plain:
-                    usage.completion += len(completion.token_ids)
-                    text, extra = completion.text, _PLAIN_TAIL
-                    finish = completion.finish_reason
-                    end = _NOT_FINISHED if finish is None else _ending(finish, completion.stop_reason)
-                    chunks.append(f'{prefix}{number},"text":{json_text(text)},"logprobs":null{end}{extra}')
-                else:
-                    chunks.append(self._rich_chunk(prefix, output, completion, number, begun, every_usage))
-            if chunks:
-                yield "".join(chunks).encode()
+            source = self.streams()[0] if single else merged(self.streams())
+        try:
+            async for item in cast(AsyncIterator[Any], source):
+                index, output = (0, item) if single else item
+                if index not in known_prompts:
+                    known_prompts.add(index)
+                    usage.add_prompt(output)
+                chunks = ""
+                for completion in output.outputs:
+                    number = index * self.params.n + completion.index
+                    if plain:
+                        usage.completion += len(completion.token_ids)
+                        finish = completion.finish_reason
+                        end = _NOT_FINISHED if finish is None else _ending(finish, completion.stop_reason)
+                        chunks += (
+                            f'{prefix}{number},"text":{json_text(completion.text)},"logprobs":null{end}{_PLAIN_TAIL}'
+                        )
+                    else:
+                        chunks += self._rich_chunk(prefix, output, completion, number, begun, every_usage)
+                if chunks:
+                    yield chunks.encode()
+        finally:
+            await source.aclose()
         if last_usage:
             yield event({**head, "choices": [], "usage": usage.as_json()})
         yield DONE
 
-    async def _echoes(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def _echoes(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         for index, prompt in enumerate(self.prompts):
             yield index, await asyncio.to_thread(self._prompt_as_output, prompt)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +12,18 @@ from nanovllm.outputs import RequestOutput
 Streams = Sequence[AsyncGenerator[RequestOutput, None]]
 
 
-async def merged(streams: Streams) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def merged(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(number of the stream, output) of streams that run together. Leaving early, or a failing stream, ends all."""
-    if len(streams) == 1:
-        stream = streams[0]
-        try:
-            async for output in stream:
-                yield 0, output
-        finally:
-            await stream.aclose()
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+    # It holds one item only: what a slow reader has not taken stays with the engine, which joins it.
+    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue(1)
 
     async def pump(index: int) -> None:
         try:
             async for output in streams[index]:
-                queue.put_nowait((index, output))
-            queue.put_nowait(None)
+                await queue.put((index, output))
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
         finally:
             await streams[index].aclose()
 
@@ -53,13 +46,17 @@ async def merged(streams: Streams) -> AsyncIterator[tuple[int, RequestOutput]]:
 
 async def final_outputs(streams: Streams) -> list[RequestOutput]:
     """The last output of each stream."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            final = output
+        return [final]
     finals: dict[int, RequestOutput] = {}
     source = merged(streams)
     try:
         async for index, output in source:
             finals[index] = output
     finally:
-        await source.aclose()  # type: ignore[attr-defined]
+        await source.aclose()
     return [finals[index] for index in range(len(streams))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import uuid
@@ -23,18 +24,11 @@ class CatchFaults:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except Exception as fault:
             error = as_serve_error(fault)
-            if not started and scope["type"] == "http":
+            with contextlib.suppress(RuntimeError):  # an answer had begun; the connection is closed
                 await error.response(scope["path"])(scope, receive, send)
 
 
@@ -81,9 +75,12 @@ class LimitBody:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if int(length) > self._limit:
-            await self._error().response(scope["path"])(scope, receive, send)
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), None)
+        if length is not None:
+            if int(length) > self._limit:
+                await self._error().response(scope["path"])(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
             return
         received, refused = 0, False
 

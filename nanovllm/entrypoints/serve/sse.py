@@ -66,35 +66,36 @@ class EventStream(Response):
         self._path = path
         self._keep_alive = keep_alive
         self._ending = ending
-        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await leave_on_disconnect(receive, self._run(scope, receive, send))
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         source = self._events
+        events = source if not self._keep_alive else _with_keep_alive(source, self._keep_alive)
+        started = False
         try:
-            events = source if not self._keep_alive else _with_keep_alive(source, self._keep_alive)
             async for data in events:
-                await self._send(send, data)
+                if not started:
+                    started = True
+                    await self._send_head(send)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as fault:
             error = as_serve_error(fault)
-            if not self._started:
+            if not started:
                 await error.response(self._path)(scope, receive, send)
                 return
             name = b"event: error\n" if self._path.startswith("/v1/messages") else b""
-            await self._send(send, name + event(error.body(self._path)) + self._ending)
+            data = name + event(error.body(self._path)) + self._ending
+            await send({"type": "http.response.body", "body": data, "more_body": True})
         finally:
             close = getattr(source, "aclose", None)
             if close is not None:
                 await close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, data: bytes) -> None:
-        if not self._started:
-            self._started = True
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _send_head(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
 
 async def answer_unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
