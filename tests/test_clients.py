@@ -159,6 +159,20 @@ def test_reasoning_has_both_names(client: openai.OpenAI):
     assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == message.reasoning
 
 
+def test_structured_output_leaves_the_choice_to_call_a_tool(client: openai.OpenAI):
+    form: Any = {"type": "json_schema", "json_schema": {"name": "sum", "schema": Sum.model_json_schema()}}
+    for question in (SUM, ASK_WEATHER):
+        message = client.chat.completions.create(
+            model="demo", messages=question, tools=[TOOL], response_format=form, temperature=0, max_tokens=100
+        ).choices[0].message  # fmt: skip
+        if message.tool_calls:
+            assert message.content is None
+            assert set(json.loads(message.tool_calls[0].function.arguments)) == {"city"}
+        else:
+            Sum.model_validate_json(message.content or "")
+    assert message.tool_calls, "the model calls the tool when it is asked for the weather"
+
+
 def test_structured_output_is_parsed(client: openai.OpenAI):
     answer = client.chat.completions.parse(
         model="demo", messages=SUM, response_format=Sum, temperature=0, max_tokens=50

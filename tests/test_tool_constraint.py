@@ -18,6 +18,7 @@ import nanovllm
 from nanovllm.engine.structured import to_grammar
 from nanovllm.errors import ParameterError
 from nanovllm.parsers import TOOL_PARSERS, make_answer_parser, tool_constraint
+from nanovllm.sampling_params import StructuredOutputsParams
 
 DEMO = Path(nanovllm.__file__).parent / "assets" / "demo" / "tokenizer.json"
 FORMATS = sorted(set(TOOL_PARSERS) - {"qwen3_xml"})
@@ -160,6 +161,28 @@ def test_strict_functions_are_held_to_their_schemas_when_the_model_calls_them(fo
         assert words.admits(constraint, written(form, ("search", {"any": ["thing"]}), args_token=tags))
     for calls in BAD:
         assert not words.admits(constraint, written(form, *calls, args_token=tags)), calls
+
+
+@pytest.mark.parametrize("form", sorted({*FORMATS} - {"llama3_json"}))
+def test_an_answer_beside_tools_follows_its_own_schema(form: str):
+    words = vocabulary(True)
+    content = StructuredOutputsParams(json=fields(a={"type": "integer"}))
+    constraint = words.constraint(form, [WEATHER, NOW], "auto", content=content)
+    for text in ('{"a": 1}', written(form, PARIS), written(form, PARIS, ("now", {}))):
+        assert words.admits(constraint, text), text
+    for text in ("Hello.", '{"a": "1"}', '{"a": 1}' + written(form, PARIS), written(form, ("get_weather", {}))):
+        assert not words.admits(constraint, text), text
+    required = words.constraint(form, [WEATHER, NOW], "required", content=content)
+    assert not words.admits(required, '{"a": 1}')  # there is no content then
+    with pytest.raises(ParameterError, match="JSON schema only"):
+        words.constraint(form, [WEATHER], "auto", content=StructuredOutputsParams(regex="a+"))
+
+
+def test_calls_that_look_like_json_content_are_not_mixed_with_it():
+    content = StructuredOutputsParams(json_object=True)
+    with pytest.raises(ParameterError, match="cannot be told"):
+        tool_constraint("llama3_json", [WEATHER], "auto", content=content)
+    assert tool_constraint("llama3_json", [WEATHER], "required", content=content) is not None
 
 
 def test_nothing_is_asked_where_the_model_is_free():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,19 +23,22 @@ def tool_constraint(
     tool_choice: Any = None,
     parallel_tool_calls: bool = True,
     token_id: Callable[[str], int | None] | None = None,
+    content: StructuredOutputsParams | None = None,
 ) -> StructuredOutputsParams | None:
     """What a request's tools ask of the form of its answer.
 
     With "required" or a named function, the answer is calls in the parser's form, and every call's arguments follow
     their function's schema, whether it is called strict or not. With "auto" the answer is free until the model begins
     a call; if any function is strict, the call's name is then one of the functions', and the arguments of strict ones
-    follow their schemas. Functions without strictness take any object there.
+    follow their schemas. Functions without strictness take any object there. If the content is to follow a schema too,
+    the answer is either such content or calls, and these follow their schemas.
 
     Args:
         tool_parser: a name in `TOOL_PARSERS`.
         tools, tool_choice: the request's.
         parallel_tool_calls: False: at most one call. A named function is always called once.
         token_id: the id of the token that a text is, None if it is not one; for tags that are tokens.
+        content: what the request asks of the form of an answer that is no call.
 
     Returns:
         None if nothing is asked.
@@ -46,17 +50,27 @@ def tool_constraint(
     functions = Tools.read(tools)
     choice = ToolChoice.read(tool_choice, functions)
     offered = [function for function in functions if choice.name in (None, function.name)]
-    if choice.mode == "none" or (choice.mode == "auto" and not any(function.strict for function in offered)):
+    free = choice.mode == "auto" and content is None
+    if choice.mode == "none" or (free and not any(function.strict for function in offered)):
         return None
-    if choice.mode == "auto":
+    if free:
         offered = [function if function.strict else replace(function, parameters={}) for function in offered]
     schemas = {function.name: _arguments_schema(function) for function in offered}
     offered = [replace(function, parameters=schemas[function.name]) for function in offered]
     grammar = Grammar(token_id)
     parallel = parallel_tool_calls and choice.mode != "named"
     envelope = lookup(TOOL_PARSERS, tool_parser, "tool_call_parser").envelope(grammar, offered, parallel)
-    start = _free(grammar, envelope) if choice.mode == "auto" else _required(grammar, envelope)
-    return StructuredOutputsParams(grammar=grammar.written(start))
+    if content is None or choice.mode != "auto":
+        start = _free(grammar, envelope) if free else _required(grammar, envelope)
+        return StructuredOutputsParams(grammar=grammar.written(start))
+    if not envelope.markers:
+        raise ParameterError(
+            f"calls in the form of {tool_parser} cannot be told from JSON content: use another tool_choice",
+            "tool_choice",
+            "auto",
+        )
+    start = f"{grammar.json(_content_schema(content))} | {_required(grammar, envelope)}"
+    return replace(content, json=None, json_object=None, grammar=grammar.written(start))
 
 
 def _required(grammar: Grammar, envelope: Envelope) -> str:
@@ -77,6 +91,21 @@ def _free(grammar: Grammar, envelope: Envelope) -> str:
     else:  # lazy: the text ends where the marker first occurs
         opening = grammar.rule(f"{ANY_TEXT} /{pattern_of(marker)}/", "[lazy]")
     return f"({opening} {envelope.call}){'*' if envelope.repeats else '?'} {text}"
+
+
+def _content_schema(content: StructuredOutputsParams) -> Mapping[str, Any]:
+    """The schema of an answer that is no call."""
+    if content.json_object:
+        return {"type": "object"}
+    if content.json is None:
+        raise ParameterError(
+            "beside tools, content can follow a JSON schema only: use tool_choice 'none'", "structured_outputs", "..."
+        )
+    try:
+        schema = json.loads(content.json) if isinstance(content.json, str) else content.json
+    except ValueError as error:
+        raise ParameterError(f"not JSON: {error}", "structured_outputs.json", content.json) from None
+    return schema if isinstance(schema, dict) else {}
 
 
 def _arguments_schema(function: Function) -> Mapping[str, Any]:
