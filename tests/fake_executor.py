@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from nanovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from nanovllm.engine.plan import StepPlan, StepResult
 from nanovllm.engine.request import Request
@@ -26,12 +28,17 @@ class FakeHandle:
             tokens.append(self.executor.token(tables[plan.step][index], position))
         if plan.step in self.executor.failing_steps:
             raise RuntimeError("the device is on fire")
-        return StepResult(tokens)
+        ends = [plan.num_computed[index] + plan.num_new[index] for index in plan.pooled]
+        vectors = [np.array([tables[plan.step][index], end]) for index, end in zip(plan.pooled, ends, strict=True)]
+        return StepResult(tokens, pooled=vectors)
 
 
 @dataclass
 class FakeExecutor:
-    """Samples ``token(seed of the request, position)``; remembers every plan."""
+    """Samples ``token(seed of the request, position)``; a vector is the seed and the length of the prompt.
+
+    Remembers every plan.
+    """
 
     num_blocks: int = 64
     grammars: None = None

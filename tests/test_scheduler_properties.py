@@ -18,6 +18,7 @@ arrivals = st.lists(
             "max_tokens": st.integers(1, 30),
             "forks": st.integers(0, 3),
             "priority": st.integers(-2, 2),
+            "pooling": st.sampled_from([None, None, None, "last", "mean"]),
             "abort_after": st.one_of(st.none(), st.none(), st.integers(0, 20)),  # steps after its arrival
         }
     ),
@@ -53,7 +54,8 @@ def test_any_history_keeps_the_invariants_and_yields_every_token(setup: dict, sl
     def step() -> None:
         nonlocal clock
         for output in core.step():
-            got.setdefault(output.request_id, []).extend(output.new_token_ids)
+            new = output.new_token_ids if output.pooled is None else output.pooled.tolist()
+            got.setdefault(output.request_id, []).extend(new)
         clock += 1
         for name in aborts.pop(clock, []):
             core.finish([name], "abort")
@@ -63,14 +65,19 @@ def test_any_history_keeps_the_invariants_and_yields_every_token(setup: dict, sl
         for _ in range(event["gap"]):
             step()
         prompt = [1 + i % 3 for i in range(event["shared"])] + event["own"]
+        pooling = event["pooling"]
         family = [
-            make_request(f"{number}.{i}", prompt, event["max_tokens"], seed=100 * number + i)
-            for i in range(1 + event["forks"])
+            make_request(
+                f"{number}.{i}", prompt, 1 if pooling else event["max_tokens"], seed=100 * number + i, pooling=pooling
+            )
+            for i in range(1 if pooling else 1 + event["forks"])
         ]
         core.add(family[0], event["priority"] if setup["policy"] == "priority" else 0, family[1:])
         for index, member in enumerate(family):
             if event["abort_after"] is not None and index % 2 == 0:
                 aborts.setdefault(clock + 1 + event["abort_after"] + index, []).append(member.request_id)
+            elif pooling:
+                want[member.request_id] = [member.seed, len(prompt)]
             else:
                 want[member.request_id] = [executor.token(member.seed, p) for p in range(len(prompt), member.max_total)]
     for _ in range(5000):
