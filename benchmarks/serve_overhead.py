@@ -128,7 +128,7 @@ def run_noting_server(notes: str) -> int:
     made: dict[str, float] = {}  # request -> end of the step of its oldest token that was not handed out
     current: dict[Any, float] = {}  # task -> the same of the output it is writing
     written: dict[Any, list[tuple[float, float]]] = defaultdict(list)
-    take, generate, send = OutputProcessor.take, AsyncLLM.generate, EventStream._send
+    take, generate, run = OutputProcessor.take, AsyncLLM.generate, EventStream._run
 
     def noting_take(self: Any, outputs: Any, stats: Any = None) -> Any:
         due, to_stop = take(self, outputs, stats)
@@ -141,13 +141,17 @@ def run_noting_server(notes: str) -> int:
             current[asyncio.current_task()] = made.pop(request_id)
             yield output
 
-    async def noting_send(self: Any, send_on: Any, data: bytes) -> None:
-        await send(self, send_on, data)
+    async def noting_run(self: Any, scope: Any, receive: Any, send: Any) -> None:
         task = asyncio.current_task()
-        if task in current:
-            written[task].append((current.pop(task), time.monotonic()))
 
-    OutputProcessor.take, AsyncLLM.generate, EventStream._send = noting_take, noting_generate, noting_send  # type: ignore[method-assign,assignment]
+        async def noting_send(message: Any) -> None:
+            await send(message)
+            if message.get("body") and task in current:
+                written[task].append((current.pop(task), time.monotonic()))
+
+        await run(self, scope, receive, noting_send)
+
+    OutputProcessor.take, AsyncLLM.generate, EventStream._run = noting_take, noting_generate, noting_run  # type: ignore[method-assign,assignment]
     code = main(sys.argv[sys.argv.index("serve") :])
     Path(notes).write_text(json.dumps(list(written.values())))
     return code
