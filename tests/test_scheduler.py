@@ -490,3 +490,53 @@ def test_a_failed_step_ends_its_requests_and_no_others(in_flight: int):
     assert found == {"0": "error", "1": "error", "2": "length", "3": "length"}
     assert core.checker is not None
     core.checker.idle()
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_step_can_end_single_rows_as_complete_or_failed(in_flight: int):
+    core = make_core(in_flight=in_flight)
+    requests = [make_request(str(i), [i + 1] * 5, 9, seed=i) for i in range(3)]
+    for request in requests:
+        core.add(request)
+    executor, submit = core.executor, core.executor.submit
+
+    def judged(plan: StepPlan) -> object:
+        handle, result = submit(plan), StepResult([])
+
+        class Handle:
+            def result(self) -> StepResult:
+                nonlocal result
+                result = handle.result()
+                if plan.step == 2:  # the rows of requests 0 and 1
+                    result.complete, result.failed = [0], {1: "no token is allowed"}
+                return result
+
+        return Handle()
+
+    executor.submit = judged  # type: ignore[method-assign,assignment]
+    tokens: dict[str, int] = {}
+    ends: dict[str, tuple[str | None, object]] = {}
+    while core.has_work:
+        for output in core.step():
+            tokens[output.request_id] = tokens.get(output.request_id, 0) + len(output.new_token_ids)
+            ends[output.request_id] = output.finish_reason, output.stop_reason
+    assert tokens == {"0": 3, "1": 2, "2": 9}
+    assert ends == {"0": ("stop", None), "1": ("error", "no token is allowed"), "2": ("length", None)}
+    assert core.checker is not None
+    core.checker.idle()
+
+
+def test_a_request_for_a_vector_ends_with_its_prompt():
+    core = make_core(max_num_batched_tokens=8, max_num_seqs=4)
+    core.add(make_request("text", [1, 2, 3], 6))
+    core.add(make_request("vector", list(range(20)), 1, seed=7, pooling="mean"))
+    found = {}
+    steps = 0
+    while core.has_work:
+        steps += 1
+        for output in core.step():
+            if output.pooled is not None:
+                found[output.request_id] = steps, output.pooled.tolist(), output.finish_reason, output.new_token_ids
+    assert found == {"vector": (4, [7, 20], "stop", [])}  # 5, 7, 7 and 1 tokens beside the decodes
+    assert core.checker is not None
+    core.checker.idle()
