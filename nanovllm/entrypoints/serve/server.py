@@ -89,6 +89,7 @@ async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
     context: ServeContext = app.state.context
     args = context.args
     server = Server(_uvicorn_config(app, args), engine, context)
+    logging.getLogger("uvicorn").handlers = logging.getLogger("nanovllm").handlers.copy()
     gc.collect()
     gc.freeze()
     logger.info("Serving %s on %s", ", ".join(context.model_names), address(listener, args))
