@@ -20,6 +20,7 @@ from nanovllm.ops import torch_operators
 from nanovllm.ops.cuda.attention import TritonAttention
 from nanovllm.ops.cuda.elementwise import CudaElementwise
 from nanovllm.ops.cuda.linear import CudaLinear
+from nanovllm.ops.cuda.sampling import Choices, choose
 
 
 class Driver:
@@ -80,6 +81,9 @@ def compile_all(capability: int, shared_memory: int, dtype: torch.dtype) -> list
         packed = linear.pack_linear(torch.zeros(256, 1024, dtype=dtype))
         for rows in (1, 200):
             linear.linear(torch.zeros(rows, 1024, dtype=dtype), packed, None)
+    numbers = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+    choices = Choices(numbers[0], numbers[1].int(), numbers[0], numbers[0], numbers[1], numbers[1])
+    choose(torch.zeros(4, 151_936), choices)
     return compiled
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 KERNELS = {
     "_rms_norm", "_gated", "_norm_rotate_write", "_copy_blocks", "decode_kernel", "merge_kernel", "tile_kernel",
-    "_product", "_quantize_rows",
+    "_product", "_quantize_rows", "_summarise", "_choose",
 }  # fmt: skip
 
 
