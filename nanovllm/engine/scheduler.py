@@ -272,7 +272,8 @@ class Scheduler:
         block_size = self.kv.block_size
         any_finished = False
         sampled = dict(zip(plan.sampled, range(len(plan.sampled)), strict=True))
-        pooled = dict(zip(plan.pooled, range(len(plan.pooled)), strict=True))
+        failed, complete = result.failed, result.complete
+        pooled = dict(zip(plan.pooled, result.pooled, strict=True))
         for index, request in enumerate(plan.requests):
             request.num_in_flight -= 1
             sample = sampled.get(index, -1)
@@ -295,13 +296,13 @@ class Scheduler:
                 if prompt_logprobs:
                     outputs.append(EngineOutput(request.request_id, [], prompt_logprobs=prompt_logprobs))
                 if index in pooled:
-                    outputs.append(self._pool(request, result.pooled[pooled[index]]))
+                    outputs.append(self._pool(request, pooled[index]))
                     any_finished = True
                 continue
-            if sample in result.failed:
+            if failed and sample in failed:
                 self.kv.distrust(request)  # what made it fail may be in its keys and values
                 self._finish(request, "error")
-                outputs.append(EngineOutput(request.request_id, [], "error", result.failed[sample]))
+                outputs.append(EngineOutput(request.request_id, [], "error", failed[sample]))
                 any_finished = True
                 continue
             token = result.token_ids[sample]
@@ -310,7 +311,7 @@ class Scheduler:
             if sample in result.logprobs:
                 output.logprobs = [result.logprobs[sample]]
             output.prompt_logprobs = prompt_logprobs
-            if sample in result.complete:
+            if complete and sample in complete:
                 output.finish_reason = "stop"
             else:
                 self._check_stop(request, token, output)
@@ -325,6 +326,7 @@ class Scheduler:
     def _pool(self, request: Request, vector: Array) -> EngineOutput:
         """A pooling request has what it came for."""
         if not np.isfinite(vector).all():
+            self.kv.distrust(request)
             self._finish(request, "error")
             return EngineOutput(request.request_id, [], "error", "the vector is not of finite numbers")
         self._finish(request, "stop")
