@@ -30,8 +30,9 @@ from workloads import SHAPES
 
 from nanovllm.engine.tokenizer import Tokenizer
 from nanovllm.entrypoints.bench.datasets import as_text, random_requests, text_token_ids
-from nanovllm.entrypoints.bench.serve import Target, measure_serving, run_loop
+from nanovllm.entrypoints.bench.serve import Target, measure_serving
 from nanovllm.entrypoints.bench.serve_report import ServingReport
+from nanovllm.entrypoints.serve.listener import run_loop
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT = 600.0  # seconds; vLLM compiles

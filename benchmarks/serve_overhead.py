@@ -32,7 +32,8 @@ from report import RESULTS, print_table, write_results
 
 from nanovllm.entrypoints.bench.backends import RequestResult
 from nanovllm.entrypoints.bench.datasets import SampleRequest, random_requests, text_token_ids
-from nanovllm.entrypoints.bench.serve import Target, measure_serving, run_loop
+from nanovllm.entrypoints.bench.serve import Target, measure_serving
+from nanovllm.entrypoints.serve.listener import run_loop
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT = 120.0  # seconds

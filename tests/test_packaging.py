@@ -24,7 +24,7 @@ else:  # pip brings its own copy for the Pythons without one
 ROOT = Path(nanovllm.__file__).parents[1]
 PACKAGE = ROOT / "nanovllm"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTION = {"PIL": "pillow"}  # import name -> distribution, where they differ
+DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}  # import name -> distribution, where they differ
 
 # Imported only where it is found, never installed by us: the device's own stack, and another hub's client.
 FOUND_NOT_INSTALLED = {"torch_npu", "triton", "modelscope"}

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.entrypoints.bench.backends import BACKENDS, AnswerNotes, RequestResult, error_text, note_usage
 from nanovllm.entrypoints.bench.http_stream import HttpClient
 
 if TYPE_CHECKING:
     from nanovllm.entrypoints.bench.datasets import SampleRequest
-
-T = TypeVar("T")
 
 READY_CHECK_INTERVAL = 0.1  # seconds
 
@@ -161,13 +158,3 @@ async def first_model(target: Target) -> tuple[str, str]:
         return str(model["id"]), str(model.get("root") or model["id"])
     except (LookupError, TypeError) as error:
         raise ValueError("/v1/models lists no model") from error
-
-
-def run_loop(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, on uvloop where it is installed: it halves what a piece of an answer costs."""
-    try:
-        run = importlib.import_module("uvloop").run
-    except ImportError:
-        run = asyncio.run
-    result: T = run(main)
-    return result

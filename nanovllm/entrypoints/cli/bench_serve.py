@@ -33,7 +33,7 @@ EXIT_ALL_FAILED = 1
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Measure, print, and write the file."""
-    from nanovllm.entrypoints.bench.serve import run_loop
+    from nanovllm.entrypoints.serve.listener import run_loop
 
     options = _Options(arguments)  # whatever can be refused is refused before anything is sent
     report, model, tokenizer = run_loop(_measure(options))

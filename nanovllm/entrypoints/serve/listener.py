@@ -6,19 +6,22 @@ import asyncio
 import os
 import socket
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.errors import ParameterError
 
+Result = TypeVar("Result")
 
-def run_loop(main: Coroutine[Any, Any, int]) -> int:
+
+def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
     """Run ``main`` on uvloop's event loop where there is one."""
     try:
         import uvloop
     except ImportError:
         return asyncio.run(main)
-    return int(uvloop.run(main))
+    result: Result = uvloop.run(main)
+    return result
 
 
 def bind(args: ServeArgs) -> socket.socket:
