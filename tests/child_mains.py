@@ -39,9 +39,9 @@ def fake() -> None:
     serve(FakeExecutor(num_blocks=200, seconds=0.002))
 
 
-def fast() -> None:
-    """As fast as the loop can go."""
-    serve(FakeExecutor(num_blocks=200))
+def slow() -> None:
+    """A long answer takes seconds."""
+    serve(FakeExecutor(num_blocks=200, seconds=0.02))
 
 
 def failing_step() -> None:

@@ -25,6 +25,7 @@ from nanovllm.engine.child_core import ChildCore
 from nanovllm.engine.core_process import ChannelInbox
 from nanovllm.engine.messages import Update
 from nanovllm.engine.plan import EngineOutput
+from nanovllm.entrypoints.serve.metrics import MetricsObserver
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ModelError, ParameterError
 
 LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
@@ -106,6 +107,7 @@ def test_leaving_and_cancelling_abort_in_the_process_too():
         tasks = [asyncio.create_task(collect(llm, str(i), params=LONG)) for i in range(30)]  # 8 run, 22 wait
         while not llm.stats.num_waiting:
             await asyncio.sleep(0.001)
+            assert not all(task.done() for task in tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -223,13 +225,15 @@ def test_who_reads_slowly_gets_fewer_outputs_with_more_in_each(kind: RequestOutp
 
 def test_an_event_loop_that_is_held_up_does_not_hold_up_the_engine():
     async def main(llm: AsyncLLM) -> None:
-        stream = llm.generate([1, 2, 3], LONG, "a")
+        params = LONG.clone()
+        params.max_tokens = 50
+        stream = llm.generate([1, 2, 3], params, "a")
         await anext(stream)
-        time.sleep(1.0)  # a step takes 2 ms: by now all are done
+        time.sleep(1.5)  # a step takes 2 ms: by now all are done
         resumed = time.monotonic()
         outputs = [output async for output in stream]
         assert outputs[-1].metrics.last_token_ts < resumed
-        assert sum(len(output.token_ids) for output in outputs) < 100
+        assert sum(len(output.token_ids) for output in outputs) < 50
 
     with engine() as llm:
         asyncio.run(main(llm))
@@ -239,25 +243,29 @@ def test_an_event_loop_that_is_held_up_does_not_hold_up_the_engine():
 
 
 async def streams_in_flight(llm: AsyncLLM, count: int = 4) -> list[asyncio.Task[list[Any]]]:
+    await llm.ready()
     tasks = [asyncio.create_task(collect(llm, f"flight {i}", params=LONG)) for i in range(count)]
     while llm.stats.num_running < count:
         await asyncio.sleep(0.001)
+        assert not any(task.done() for task in tasks)
     return tasks
 
 
 def test_a_killed_engine_ends_its_streams_and_says_what_happened():
     async def main(llm: AsyncLLM) -> None:
+        metrics = MetricsObserver(llm, "fake")
         tasks = await streams_in_flight(llm)
         os.kill(child_pid(llm), signal.SIGKILL)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, EngineDeadError) and "SIGKILL" in str(result)
         assert llm.errored and "SIGKILL" in str(llm.dead_error) and not llm.is_running
+        assert llm.stats.num_running == 0 and metrics._finished == {"error": 4}
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             await llm.check_health()
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             await collect(llm, "late")
 
-    with engine() as llm:
+    with engine("slow") as llm:
         asyncio.run(main(llm))
 
 
@@ -278,7 +286,7 @@ def test_a_killed_engine_is_started_again_as_often_as_was_asked():
             await collect(llm, "third time")
         assert llm.errored
 
-    with engine(max_restarts=2) as llm:
+    with engine("slow", max_restarts=2) as llm:
         asyncio.run(main(llm))
 
 
@@ -364,7 +372,7 @@ def test_a_process_that_is_told_nonsense_ends_and_says_so():
         with pytest.raises(EngineDeadError, match="not a command"):
             await task
 
-    with engine() as llm:
+    with engine("slow") as llm:
         asyncio.run(main(llm))
 
 
@@ -376,7 +384,7 @@ def test_signals_of_the_terminal_do_not_end_the_process_before_its_parent():
         os.kill(child_pid(llm), signal.SIGTERM)
         assert all(outputs[-1].finished for outputs in await asyncio.gather(*tasks))
 
-    with engine() as llm:
+    with engine("slow") as llm:
         asyncio.run(main(llm))
 
 
@@ -440,13 +448,13 @@ def test_shutdown_leaves_no_process_no_thread_and_no_file_behind():
     asyncio.run(asyncio.sleep(0))
     files, threads = open_files(), threading.active_count()
     for where in ("here", "in a thread", "here"):
-        with engine() as llm:
+        with engine("slow") as llm:
             pid = child_pid(llm)
             asyncio.run(main(llm, where))
             assert not alive(pid)
             llm.shutdown()
     for _ in range(2):  # before it was ever used
-        with engine() as llm:
+        with engine("slow") as llm:
             pid = child_pid(llm)
         assert not alive(pid)
     assert open_files() == files and threading.active_count() == threads
@@ -468,14 +476,14 @@ def test_a_process_that_does_not_end_is_killed_at_shutdown():
 
 def test_two_engines_live_side_by_side():
     async def main(one: AsyncLLM, two: AsyncLLM) -> None:
-        first, second = await asyncio.gather(streams_in_flight(one), streams_in_flight(two))
+        first, second = [await streams_in_flight(llm) for llm in (one, two)]
         os.kill(child_pid(one), signal.SIGKILL)
         assert all(outputs[-1].finished for outputs in await asyncio.gather(*second))
         results = await asyncio.gather(*first, return_exceptions=True)
         assert all(isinstance(result, EngineDeadError) for result in results)
         assert one.errored and not two.errored
 
-    with engine() as one, engine() as two:
+    with engine("slow") as one, engine("slow") as two:
         asyncio.run(main(one, two))
 
 

@@ -180,6 +180,7 @@ class AsyncLLM(EngineFace):
         if request_id in self._streams:
             raise ParameterError("a request of this id is under way", "request_id", request_id)
         stream = self._streams[request_id] = Stream()
+        reason = "abort"  # if it ends early
         try:
             await self.ready()
             prepared = await asyncio.to_thread(prepare)
@@ -202,6 +203,7 @@ class AsyncLLM(EngineFace):
                     await stream.wait()
                     continue
                 if isinstance(output, BaseException):
+                    reason = "error"
                     raise output
                 finished = output.finished
                 if finished:
@@ -212,7 +214,7 @@ class AsyncLLM(EngineFace):
                         return  # aborted: there is no vector
                 yield output
         finally:
-            final = self._abort(request_id)
+            final = self._abort(request_id, reason)
             if final is not None and params is not None:
                 self.stats.finished(final, params)
             self._streams.pop(request_id, None)
@@ -290,9 +292,9 @@ class AsyncLLM(EngineFace):
             self._ready_waiters, self._replies = [], {}  # nobody waits on a loop that has ended
             self._core.listen(loop, self._receive)
 
-    def _abort(self, request_id: str) -> RequestOutput | None:
+    def _abort(self, request_id: str, reason: str = "abort") -> RequestOutput | None:
         """End a request that has not had its final output, which is returned."""
-        final, children = self.output.abort(request_id)
+        final, children = self.output.abort(request_id, reason)
         if children:
             self.stats.forget(children)
             self._core.send(Finish(children, "abort"))

@@ -167,11 +167,11 @@ class OutputProcessor:
                 due.append(request.request_id)
         return due, to_stop
 
-    def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
+    def abort(self, request_id: str, reason: str = "abort") -> tuple[RequestOutput | None, list[str]]:
         """End a request.
 
         Returns:
-            Its final output, with finish reason "abort", and the ids of the children that the engine still runs; None
+            Its final output, with that finish reason, and the ids of the children that the engine still runs; None
             and no ids if there is no such request.
         """
         request = self._requests.get(request_id)
@@ -180,7 +180,7 @@ class OutputProcessor:
         to_stop = []
         for child_id, completion in zip(request.child_ids, request.completions, strict=True):
             if completion.finish_reason is None:
-                completion.finish("abort")
+                completion.finish(reason)
                 del self._children[child_id]
                 to_stop.append(child_id)
                 request.stats.last_token_ts = time.monotonic()

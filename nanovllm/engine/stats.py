@@ -203,10 +203,9 @@ class EngineStats:
 
     def reset(self) -> None:
         """The engine behind has gone; whatever was under way has ended."""
-        self.num_running = self.num_waiting = 0
-        self.kv_cache_usage = 0.0
         self._times.clear()
         self._last_step_ts = time.monotonic()
+        self.step((), StepStats(self._last_step_ts))
 
     def _record(self, outputs: Sequence[EngineOutput], stats: StepStats) -> StepRecord:
         """Most outputs had their last token at the same time, one step ago: they are counted, not listed."""
