@@ -137,6 +137,11 @@ class Tokenizer:
         entry = self._shown[token_id]
         return entry if isinstance(entry, str) else entry.decode(errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's text in UTF-8, also where it is only a part of a character."""
+        entry = self.token_text(token_id) if self._shown is None else self._shown[token_id]
+        return entry.encode() if isinstance(entry, str) else entry
+
     # Vocabulary
 
     def __len__(self) -> int:

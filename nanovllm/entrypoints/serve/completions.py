@@ -132,7 +132,7 @@ class _Call:
             all_ids = token_ids
             if body.echo and output.prompt_logprobs is not None:
                 scored, all_ids = [*output.prompt_logprobs, *positions], [*output.prompt_token_ids, *token_ids]
-            logprobs = completion_logprobs(all_ids, scored, body.logprobs, self.context.tokenizer, self.as_ids)
+            logprobs = completion_logprobs(all_ids, scored, body.logprobs, self.context.engine.tokenizer, self.as_ids)
         return {
             "index": number,
             "text": self._prompt_text(output) + text if body.echo else text,
@@ -223,7 +223,7 @@ class _Call:
         logprobs = None
         if body.logprobs is not None and positions is not None:
             logprobs = completion_logprobs(
-                scored_ids, positions, body.logprobs, self.context.tokenizer, self.as_ids, begun.get(number, 0)
+                scored_ids, positions, body.logprobs, self.context.engine.tokenizer, self.as_ids, begun.get(number, 0)
             )
         begun[number] = begun.get(number, 0) + len(text)
         finish, stop = completion.finish_reason, completion.stop_reason

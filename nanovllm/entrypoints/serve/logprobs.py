@@ -15,7 +15,7 @@ def completion_logprobs(
     token_ids: Sequence[int],
     positions: Sequence[PositionLogprobs | None],
     count: int,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     as_ids: bool,
     offset: int = 0,
 ) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def completion_logprobs(
         token_ids: tokens of the text.
         positions: what is known of each; None for the first of a prompt, which nothing predicts.
         count: likeliest tokens asked for.
-        as_ids: name tokens ``token_id:7``.
+        tokenizer: None names tokens ``token_id:7``.
+        as_ids: so does this.
         offset: characters of text before the first token.
     """
     tokens: list[str] = []
@@ -61,7 +62,7 @@ def chat_logprobs(
         return {
             "token": text,
             "logprob": max(entry.logprob, FLOOR),
-            "bytes": list(text.encode() if as_ids else token_bytes(tokenizer, token_id)),
+            "bytes": list(text.encode() if as_ids else tokenizer.token_bytes(token_id)),
         }
 
     content = []
@@ -91,14 +92,5 @@ def prompt_logprobs(positions: Sequence[PositionLogprobs | None] | None) -> list
     ]
 
 
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes a token stands for, also where they are no character by themselves."""
-    table = tokenizer._shown
-    if table is None:
-        return tokenizer.token_text(token_id).encode()
-    entry = table[token_id]
-    return entry.encode() if isinstance(entry, str) else entry
-
-
-def _name(token_id: int, tokenizer: Tokenizer, as_ids: bool) -> str:
-    return f"token_id:{token_id}" if as_ids else tokenizer.token_text(token_id)
+def _name(token_id: int, tokenizer: Tokenizer | None, as_ids: bool) -> str:
+    return f"token_id:{token_id}" if as_ids or tokenizer is None else tokenizer.token_text(token_id)

@@ -71,12 +71,13 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM stop the server."""
         loop = asyncio.get_running_loop()
-        for each in (signal.SIGINT, signal.SIGTERM):
+        handled = (signal.SIGINT, signal.SIGTERM) if hasattr(signal, "SIGHUP") else ()  # not on Windows
+        for each in handled:
             loop.add_signal_handler(each, self.stop)
         try:
             yield
         finally:
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in handled:
                 loop.remove_signal_handler(each)
 
 

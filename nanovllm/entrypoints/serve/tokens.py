@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.responses import Response
 
 from nanovllm.entrypoints.serve.chat import render_messages
 from nanovllm.entrypoints.serve.context import ServeContext, get_context
@@ -19,13 +20,14 @@ from nanovllm.entrypoints.serve.protocol.tokens import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from nanovllm.entrypoints.serve.sse import json_bytes
 from nanovllm.errors import ParameterError
 
 router = APIRouter()
 
 
-@router.post("/tokenize", responses=RESPONSES)
-async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
+@router.post("/tokenize", responses=RESPONSES, response_model=TokenizeResponse)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The tokens of a prompt or a conversation."""
     context = get_context(request)
     context.model_name(body.model)
@@ -36,10 +38,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         token_ids = await encode(context, body.prompt, body.add_special_tokens is not False)
     else:
         token_ids = await _conversation(context, body)
-    names = [context.tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
-    return TokenizeResponse(
-        count=len(token_ids), max_model_len=context.max_model_len, tokens=token_ids, token_strs=names
-    )
+    names = None
+    if body.return_token_strs:
+        names = await asyncio.to_thread(lambda: [context.tokenizer.token_text(token_id) for token_id in token_ids])
+    answer = {"count": len(token_ids), "max_model_len": context.max_model_len, "tokens": token_ids, "token_strs": names}
+    return Response(json_bytes(answer), media_type="application/json")
 
 
 @router.post("/detokenize", responses=RESPONSES)
