@@ -1,80 +1,28 @@
-"""An engine in a process of its own: the same streams as on a thread, whatever ends is told, nothing is left behind."""
+"""An engine in a process of its own: the same streams as on a thread, and nothing is left behind."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+from engine_processes import LONG, SHORT, alive, child_pid, collect, engine, quiet
 from fake_executor import FakeExecutor, engine_config
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.engine import core_process
 from nanovllm.engine.channel import Channel
-from nanovllm.engine.child_core import ChildCore
 from nanovllm.engine.core_process import ChannelInbox
 from nanovllm.engine.messages import Update
 from nanovllm.engine.plan import EngineOutput
-from nanovllm.entrypoints.serve.metrics import MetricsObserver
-from nanovllm.errors import EngineDeadError, EngineGenerateError, ModelError, ParameterError
-
-LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
-SHORT = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-
-
-@contextmanager
-def engine(main: str = "fake", max_restarts: int = 0, **options: Any) -> Iterator[AsyncLLM]:
-    """An engine whose process runs a function of `child_mains`."""
-    config = engine_config(**options)
-    made = AsyncLLM(config, process=ChildCore(config, f"child_mains:{main}"), max_restarts=max_restarts)
-    try:
-        yield made
-    finally:
-        made.shutdown()
-
-
-async def collect(llm: AsyncLLM, request_id: str, prompt: Any = (1, 2, 3), params: SamplingParams = SHORT) -> list[Any]:
-    return [output async for output in llm.generate(list(prompt), params, request_id)]
-
-
-async def quiet(llm: AsyncLLM) -> None:
-    """Wait until nothing is under way; the child checks its invariants by itself."""
-    for _ in range(500):
-        if llm.stats.num_running == llm.stats.num_waiting == 0:
-            break
-        await asyncio.sleep(0.01)
-    await llm.check_health()
-    assert llm.output.num_requests == 0 and not llm._streams
-    assert not llm.stats._times
-
-
-def child_pid(llm: AsyncLLM) -> int:
-    assert isinstance(llm._core, ChildCore)
-    return llm._core.pid
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def alive(pid: int) -> bool:
-    """Whether there is such a process, other than one that has ended and was not waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
+from nanovllm.errors import EngineDeadError, ParameterError
 
 # -- it works as on a thread -----------------------------------------------------------------------------------------
 
@@ -239,187 +187,30 @@ def test_an_event_loop_that_is_held_up_does_not_hold_up_the_engine():
         asyncio.run(main(llm))
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------
-
-
-async def streams_in_flight(llm: AsyncLLM, count: int = 4) -> list[asyncio.Task[list[Any]]]:
-    await llm.ready()
-    tasks = [asyncio.create_task(collect(llm, f"flight {i}", params=LONG)) for i in range(count)]
-    while llm.stats.num_running < count:
-        await asyncio.sleep(0.001)
-        assert not any(task.done() for task in tasks)
-    return tasks
-
-
-def test_a_killed_engine_ends_its_streams_and_says_what_happened():
-    async def main(llm: AsyncLLM) -> None:
-        metrics = MetricsObserver(llm, "fake")
-        tasks = await streams_in_flight(llm)
-        os.kill(child_pid(llm), signal.SIGKILL)
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, EngineDeadError) and "SIGKILL" in str(result)
-        assert llm.errored and "SIGKILL" in str(llm.dead_error) and not llm.is_running
-        assert llm.stats.num_running == 0 and metrics._finished == {"error": 4}
-        with pytest.raises(EngineDeadError, match="SIGKILL"):
-            await llm.check_health()
-        with pytest.raises(EngineDeadError, match="SIGKILL"):
-            await collect(llm, "late")
-
-    with engine("slow") as llm:
-        asyncio.run(main(llm))
-
-
-def test_a_killed_engine_is_started_again_as_often_as_was_asked():
-    async def main(llm: AsyncLLM) -> None:
-        for number in range(2):
-            tasks = await streams_in_flight(llm)
-            os.kill(child_pid(llm), signal.SIGKILL)
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            assert all(isinstance(result, EngineDeadError) for result in results)
-            assert not llm.errored
-            with pytest.raises(EngineDeadError, match="being loaded"):
-                await llm.check_health()
-            assert (await collect(llm, f"after {number}"))[-1].finished
-            await quiet(llm)
-        os.kill(child_pid(llm), signal.SIGKILL)
-        with pytest.raises(EngineDeadError):
-            await collect(llm, "third time")
-        assert llm.errored
-
-    with engine("slow", max_restarts=2) as llm:
-        asyncio.run(main(llm))
-
-
-def test_requests_that_wait_for_the_engine_outlive_its_restarts():
-    async def main(llm: AsyncLLM) -> None:
-        await llm.ready()
-        waiting = []
-        for number in range(2):  # the second time while it loads
-            pid = child_pid(llm)
-            os.kill(pid, signal.SIGKILL)
-            while child_pid(llm) == pid:
-                await asyncio.sleep(0.001)
-            waiting += [asyncio.create_task(collect(llm, f"{number} {i}")) for i in range(3)]
-            await asyncio.sleep(0)
-        assert all(outputs[-1].finished for outputs in await asyncio.gather(*waiting))
-        await quiet(llm)
-
-    with engine(max_restarts=2) as llm:
-        asyncio.run(main(llm))
-
-
-def test_a_failed_step_ends_its_requests_only():
-    async def main(llm: AsyncLLM) -> None:
-        with pytest.raises(EngineGenerateError, match="on fire"):
-            await collect(llm, "a")
-        assert (await collect(llm, "b"))[-1].finished
-        await quiet(llm)
-
-    with engine("failing_step") as llm:
-        asyncio.run(main(llm))
-
-
-def test_a_bug_in_the_engine_is_told_with_its_text():
-    async def main(llm: AsyncLLM) -> None:
-        results = await asyncio.gather(*(collect(llm, str(i)) for i in range(3)), return_exceptions=True)
-        for result in results:
-            assert isinstance(result, EngineDeadError)
-            assert "exit code 1" in str(result) and "RuntimeError: a bug" in str(result)
-
-    with engine("buggy") as llm:
-        asyncio.run(main(llm))
-
-
-@pytest.mark.parametrize(
-    ("main", "kind", "text"),
-    [
-        ("cannot_load", ModelError, "picture of a cat"),
-        ("no_memory", ParameterError, r"too much \(parameter=kv_cache_memory_bytes, value=1000000000000000\)"),
-        ("missing_library", EngineDeadError, r"exit code 1 while it was loading: ImportError: libcudart"),
-        ("exits", EngineDeadError, "exit code 7 while it was loading"),
-    ],
-)
-def test_errors_of_loading_come_back_as_what_they_are(main: str, kind: type[Exception], text: str):
-    async def wait(llm: AsyncLLM) -> None:
-        for _ in range(2):
-            with pytest.raises(kind, match=text):
-                await llm.ready()
-        assert llm.errored
-
-    with engine(main, max_restarts=3) as llm:
-        asyncio.run(wait(llm))
-
-
-def test_a_process_that_talks_nonsense_is_ended():
-    async def main(llm: AsyncLLM) -> None:
-        await llm.ready()
-        pid = child_pid(llm)
-        with pytest.raises(EngineDeadError, match="not a message"):
-            await collect(llm, "a")
-        assert not alive(pid)
-
-    with engine("bad_frame") as llm:
-        asyncio.run(main(llm))
-
-
-def test_a_process_that_is_told_nonsense_ends_and_says_so():
-    async def main(llm: AsyncLLM) -> None:
-        await llm.ready()
-        assert isinstance(llm._core, ChildCore)
-        task = asyncio.create_task(collect(llm, "a", params=LONG))
-        await asyncio.sleep(0.05)
-        llm._core._channel.send(b"nonsense")
-        with pytest.raises(EngineDeadError, match="not a command"):
-            await task
-
-    with engine("slow") as llm:
-        asyncio.run(main(llm))
-
-
-def test_signals_of_the_terminal_do_not_end_the_process_before_its_parent():
-    async def main(llm: AsyncLLM) -> None:
-        tasks = await streams_in_flight(llm)
-        assert os.getsid(child_pid(llm)) != os.getsid(0)
-        os.kill(child_pid(llm), signal.SIGINT)
-        os.kill(child_pid(llm), signal.SIGTERM)
-        assert all(outputs[-1].finished for outputs in await asyncio.gather(*tasks))
-
-    with engine("slow") as llm:
-        asyncio.run(main(llm))
-
-
-@pytest.mark.parametrize("main", ["fake", "stuck", "slow_to_load"])
-def test_the_process_ends_when_its_parent_is_gone_whatever_it_is_doing(main: str):
-    script = f"""
-import asyncio, sys
-sys.path[:] = {sys.path!r}
-from test_engine_process import LONG, collect, child_pid, engine
-
-async def forever(llm):
-    print(child_pid(llm), flush=True)
-    if {main!r} != "slow_to_load":
-        await llm.ready()
-        print("ready", flush=True)
-    await collect(llm, "a", params=LONG.from_optional(max_tokens=100, ignore_eos=True))
-    await asyncio.sleep(600)
-
-with engine({main!r}) as llm:
-    asyncio.run(forever(llm))
-"""
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    if main != "slow_to_load":
-        assert parent.stdout.readline() == "ready\n"
-    time.sleep(0.2)
-    assert alive(pid)
-    parent.kill()
-    parent.wait()
-    for _ in range(1000):
-        if not alive(pid):
-            break
-        time.sleep(0.01)
-    assert not alive(pid)
+def test_an_engine_waits_for_a_front_that_leaves_too_much_unread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(core_process, "MOST_BACKLOG", 100_000)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        inbox, peer = ChannelInbox(Channel(ours)), Channel(theirs)
+        update = Update([EngineOutput("x" * 50_000, [1])])
+        sent = 0
+        while inbox._channel.backlog <= 100_000:
+            assert inbox.take(wait=False) == []  # it need not wait yet
+            inbox.deliver(update)
+            sent += 1
+        taken: list[object] = []
+        waiting = threading.Thread(target=lambda: taken.append(inbox.take(wait=False)))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        received = 0
+        while waiting.is_alive():
+            received += len(peer.receive())
+        waiting.join()
+        assert taken == [[]]
+        while received < sent:
+            inbox.take(wait=False)
+            received += len(peer.receive())
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
@@ -474,17 +265,9 @@ def test_a_process_that_does_not_end_is_killed_at_shutdown():
         asyncio.run(main(llm))
 
 
-def test_two_engines_live_side_by_side():
-    async def main(one: AsyncLLM, two: AsyncLLM) -> None:
-        first, second = [await streams_in_flight(llm) for llm in (one, two)]
-        os.kill(child_pid(one), signal.SIGKILL)
-        assert all(outputs[-1].finished for outputs in await asyncio.gather(*second))
-        results = await asyncio.gather(*first, return_exceptions=True)
-        assert all(isinstance(result, EngineDeadError) for result in results)
-        assert one.errored and not two.errored
-
-    with engine("slow") as one, engine("slow") as two:
-        asyncio.run(main(one, two))
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_an_idle_engine_uses_no_cpu_in_either_process():
@@ -498,29 +281,3 @@ def test_an_idle_engine_uses_no_cpu_in_either_process():
 
     with engine() as llm:
         asyncio.run(main(llm))
-
-
-def test_an_engine_waits_for_a_front_that_leaves_too_much_unread(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(core_process, "MOST_BACKLOG", 100_000)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        inbox, peer = ChannelInbox(Channel(ours)), Channel(theirs)
-        update = Update([EngineOutput("x" * 50_000, [1])])
-        sent = 0
-        while inbox._channel.backlog <= 100_000:
-            assert inbox.take(wait=False) == []  # it need not wait yet
-            inbox.deliver(update)
-            sent += 1
-        taken: list[object] = []
-        waiting = threading.Thread(target=lambda: taken.append(inbox.take(wait=False)))
-        waiting.start()
-        waiting.join(0.2)
-        assert waiting.is_alive()
-        received = 0
-        while waiting.is_alive():
-            received += len(peer.receive())
-        waiting.join()
-        assert taken == [[]]
-        while received < sent:
-            inbox.take(wait=False)
-            received += len(peer.receive())
