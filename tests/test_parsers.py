@@ -215,6 +215,14 @@ def test_a_call_cut_off_by_the_token_limit_stands_with_the_arguments_it_has():
         assert answer == Answer(None, None, [ToolCall("search", '{"q": "par')])
 
 
+@pytest.mark.parametrize("length", range(0, 30, 3))
+def test_of_a_required_call_cut_off_no_head_is_left(length):
+    named = {"type": "function", "function": {"name": "search"}}
+    for choice in ("required", named):
+        assert parser("hermes", tool_choice=choice).parse(CALL[:length]) == Answer()
+    assert parser("hermes", tool_choice="required").parse(CALL) == Answer(None, None, [FOUND])
+
+
 def test_arguments_that_turn_invalid_midway_stay_incomplete_when_streamed_and_are_content_when_not():
     text = 'So: <tool_call>{"name": "search", "arguments": {"q": oops}}</tool_call>'
     assert parser("hermes", hold_calls=True).parse(text) == Answer(None, text, [])

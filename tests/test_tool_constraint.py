@@ -277,7 +277,7 @@ def test_whatever_the_grammar_admits_is_read_as_calls_of_the_schema(form: str, n
     for seed, tags in ((1, True), (2, True), (3, False)):
         words = vocabulary(tags)
         text = random_text(words, words.constraint(form, tools, "required"), seed)
-        answer = make_answer_parser(tool_parser=form, tools=tools, tool_choice="required").parse(text)
+        answer = make_answer_parser(tool_parser=form, tools=tools).parse(text)
         assert answer.tool_calls and answer.content is None, text
         for call in answer.tool_calls:
             assert call.name == "f"

@@ -49,6 +49,8 @@ class AnswerParser:
         calls: how calls are written; None: there are none, and all that follows the reasoning is content.
         tools: the functions that were offered.
         hold_calls: as above; for answers that are not streamed.
+        calls_only: a grammar makes the answer consist of calls. The head of one that the token limit cut off is then
+            no content.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class AnswerParser:
         calls: ToolParser | None = None,
         tools: Tools | None = None,
         hold_calls: bool = False,
+        calls_only: bool = False,
     ) -> None:
         self._source = Source()
-        self._emit = Emitter(hold_calls, trim=calls is not None)
+        self._emit = Emitter(hold_calls, calls is not None, calls_only)
         self._steps = self._read(reasoning, calls, tools or Tools())
         self.in_reasoning = reasoning is not None
         next(self._steps)  # to the point where it waits for text
@@ -134,7 +137,8 @@ def make_answer_parser(
         reasoning_parser: a name in `REASONING_PARSERS`; None or "": the model does not reason.
         tool_parser: a name in `TOOL_PARSERS`; None or "": calls are not looked for.
         tools: the request's tools.
-        tool_choice: the request's choice among them; with "none" calls are not looked for.
+        tool_choice: the request's choice among them; with "none" calls are not looked for, and with "required" or a
+            named function the answer must have been held to `tool_constraint`.
         chat_template_kwargs: what the prompt was rendered with; the reasoning switch is read from it.
         prompt: the prompt's text, if known; it may have closed the reasoning.
         continue_final_message: the prompt ends within a message, which the answer continues.
@@ -146,8 +150,10 @@ def make_answer_parser(
     reasoning = lookup(REASONING_PARSERS, reasoning_parser, "reasoning_parser") if reasoning_parser else None
     calls = lookup(TOOL_PARSERS, tool_parser, "tool_call_parser") if tool_parser else None
     functions = Tools.read(tools)
-    if ToolChoice.read(tool_choice, functions).mode == "none":
+    mode = ToolChoice.read(tool_choice, functions).mode
+    if mode == "none":
         calls = None
     if reasoning is not None and not reasoning.expected(prompt, chat_template_kwargs, continue_final_message):
         reasoning = None
-    return AnswerParser(reasoning, calls, functions, hold_calls)
+    calls_only = calls is not None and mode in ("required", "named")
+    return AnswerParser(reasoning, calls, functions, hold_calls, calls_only)

@@ -14,10 +14,12 @@ class Emitter:
     Args:
         hold_calls: hand a call out when it is over, so that one that turns out malformed can be taken back whole.
         trim: the answer may contain calls.
+        calls_only: the answer consists of calls: what else there is, is the head of one that was cut off.
     """
 
-    def __init__(self, hold_calls: bool, trim: bool) -> None:
+    def __init__(self, hold_calls: bool, trim: bool, calls_only: bool = False) -> None:
         self._hold_calls = hold_calls
+        self._calls_only = calls_only
         self._events: list[Event] = []
         self._held: list[Event] | None = None  # events of the current call, while they are held
         self._blank: str | None = "" if trim else None  # white space so far; None after other content
@@ -28,6 +30,8 @@ class Emitter:
         self._events.append(Reasoning(text))
 
     def content(self, text: str) -> None:
+        if self._calls_only:
+            return
         if self._blank is not None:
             text = self._blank + text
             if not text or text.isspace():
