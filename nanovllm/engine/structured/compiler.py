@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nanovllm.config import ModelConfig
 
 MAX_KEPT = 256  # compiled grammars; the one used longest ago is forgotten
+MAX_LEXER_STATES = 50_000  # of a request, 1 to 2 kB each; one that needs more ends with an error
 
 
 class GrammarError(ValueError):
@@ -99,11 +100,15 @@ class GrammarCompiler:
             self.matcher(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self.load(), grammar, log_level=0)
-        if matcher.is_error():
-            raise GrammarError(matcher.get_error().strip().split("\n<state>")[0])
+        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        matcher = LLMatcher(self.load(), grammar, log_level=0, limits=limits)
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # finds what the compiler does not: a grammar that lets nothing begin
+        if first.is_error():
+            reason = first.get_error().removesuffix("<non-verbose/>").strip()
+            raise GrammarError("it lets no output begin" if reason.startswith("NoExtension") else reason)
         return matcher
 
     def _load(self) -> LLTokenizer:

@@ -71,7 +71,8 @@ def _from_regex(value: str, params: StructuredOutputsParams) -> str:
 
 
 def _from_choice(value: list[str], params: StructuredOutputsParams) -> str:
-    return _from_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value))
+    """One terminal, not as many as there are choices: a parser follows all of those that go on alike."""
+    return _from_lark("start: CHOICE\nCHOICE: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value))
 
 
 def _from_grammar(value: str, params: StructuredOutputsParams) -> str:

@@ -101,7 +101,7 @@ class Guide:
         if self.matcher is None or self.error is not None or token in self.spec.end_ids:
             return
         if not self.matcher.consume_token(token):
-            self.error = "a token was generated that the grammar does not allow"
+            self.error = f"the grammar cannot go on: {self.matcher.get_error().strip()}"
 
     def _think(self, token: int) -> None:
         self._count += 1
