@@ -387,13 +387,10 @@ def test_reasoning_that_the_prompt_has_closed_is_over():
     assert content("assistant: <think>a", continue_final_message=True) is None
 
 
-def test_in_reasoning_says_where_the_answer_stands():
+def test_the_end_of_reasoning_is_held_back_until_it_is_whole():
     answer = parser(None, reasoning_parser="qwen3")
-    assert answer.in_reasoning
     assert answer.feed("Why?</thi") == [Reasoning("Why?")]
-    assert answer.in_reasoning
-    answer.feed("nk>")
-    assert not answer.in_reasoning
+    assert answer.feed("nk>So.") == [Content("So.")]
 
 
 def test_without_tools_calls_are_content():

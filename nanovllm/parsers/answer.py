@@ -64,7 +64,6 @@ class AnswerParser:
         self._source = Source()
         self._emit = Emitter(hold_calls, calls is not None, calls_only)
         self._steps = self._read(reasoning, calls, tools or Tools())
-        self.in_reasoning = reasoning is not None
         next(self._steps)  # to the point where it waits for text
 
     @property
@@ -94,7 +93,6 @@ class AnswerParser:
         yield
         if reasoning is not None:
             yield from reasoning.read(self._source, self._emit)
-            self.in_reasoning = False
         if calls is not None:
             yield from calls.read(self._source, self._emit, tools)
         yield from self._source.copy_until((), self._emit.content)

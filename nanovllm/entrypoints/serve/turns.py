@@ -17,9 +17,25 @@ from nanovllm.parsers import Answer, Event, Reasoning, ToolCallArguments, ToolCa
 
 # Fields of chat completions that belong to its own shape: other endpoints do not pass them on.
 OWN_FIELDS = frozenset(
-    """messages n stream_options logprobs top_logprobs prompt_logprobs echo return_token_ids use_beam_search
-    return_tokens_as_token_ids add_generation_prompt continue_final_message max_tokens max_completion_tokens best_of
-    response_format logprob_token_ids""".split()  # noqa: SIM905
+    {
+        "add_generation_prompt",
+        "best_of",
+        "continue_final_message",
+        "echo",
+        "logprob_token_ids",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "n",
+        "prompt_logprobs",
+        "response_format",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "stream_options",
+        "top_logprobs",
+        "use_beam_search",
+    }
 )
 
 
@@ -34,7 +50,7 @@ def chat_request(fields: dict[str, Any], extra: dict[str, Any] | None) -> ChatCo
         ServeError: a field of another type, or one that this endpoint cannot honour.
     """
     for name, value in (extra or {}).items():
-        if name in OWN_FIELDS and value:
+        if name in OWN_FIELDS and value and (name, value) != ("n", 1):
             raise ServeError(400, f"{name} is not supported by this endpoint: use /v1/chat/completions", name)
     passed = {name: value for name, value in (extra or {}).items() if name not in OWN_FIELDS}
     given = {name: value for name, value in fields.items() if value is not None}
