@@ -89,7 +89,7 @@ struct LinearArguments {
     int32_t dtype;  // float32 or bfloat16, the latter with an even number of inputs
 };
 
-// A weight quantised to 8 or 4 bits. ``inputs`` is a multiple of ``group``, and that of 16.
+// A weight quantised to 8 or 4 bits. ``inputs`` is a multiple of ``group``, and that of 16; 8 bits have one group.
 struct QuantizedWeight {
     void* packed;  // nanovllm_quantized_bytes bytes
     void* scales;  // nanovllm_scale_count bfloat16
@@ -104,7 +104,7 @@ struct QuantizedArguments {
     const void* bias;
     void* out;
     QuantizedWeight weight;
-    int32_t digits;  // 8-bit digits of a number of x: 1 or 2; 4-bit weights take 2
+    int32_t digits;  // with 8-bit weights: 8-bit digits of a number of x, 1 or 2
     int32_t dtype;   // of x, bias and out
 };
 

@@ -291,7 +291,7 @@ def test_quantized_linear_is_the_product_with_rounded_numbers(
     allowed = steps * (0.51 if kind.bits == 8 else 1.03) + 1e-6
     assert ((groups - w.view(groups.shape)).abs() <= allowed).all()
     # Numbers of x are off by half a step of their row.
-    step = x.abs().amax(-1, keepdim=True).double() / (127 * 256 ** (kind.digits - 1))
+    step = x.abs().amax(-1, keepdim=True).double() / (127 * 256 ** (kind.digits - 1)) if kind.digits else 0.0
     expected = x.double() @ w.T + (b.double() if bias else 0.0)
     error = 0.51 * step * w.abs().sum(-1) + 1e-5 * (1 + expected.abs())
     assert ((linear.linear(x, packed, b).double() - expected).abs() <= error).all()

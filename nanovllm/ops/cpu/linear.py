@@ -28,7 +28,7 @@ class Quantization:
     Attributes:
         bits: of a weight, 8 or 4.
         group: inputs that share a scale; None: all of them.
-        digits: 8-bit digits an activation is rounded to; with 2 it keeps more than bfloat16 holds.
+        digits: 8-bit digits an activation is rounded to; with 2 it keeps more than bfloat16 holds. 0: it is not rounded.
     """
 
     bits: int
@@ -38,7 +38,7 @@ class Quantization:
 
 QUANTIZATIONS = {
     "int8": Quantization(8, None, 2),
-    "int4": Quantization(4, 64, 2),
+    "int4": Quantization(4, 64, 0),
     "w8a8": Quantization(8, None, 1),
 }
 
