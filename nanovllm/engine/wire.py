@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,16 +41,23 @@ class WireError(ValueError):
 
 def encode_command(command: Command) -> bytes:
     """A command as a frame."""
-    if isinstance(command, Add):  # the engine has no use for the text
-        command = dataclasses.replace(command, input=dataclasses.replace(command.input, prompt=None))
-    return _pack({_NAMES[type(command)]: to_plain(command)})
+    arrays = []
+    if isinstance(command, Add):  # the engine has no use for the text, and tokens are many
+        arrays.append(np.frombuffer(array("i", command.input.prompt_token_ids), np.int32))
+        bare = dataclasses.replace(command.input, prompt=None, prompt_token_ids=[])
+        command = dataclasses.replace(command, input=bare)
+    return _pack({_NAMES[type(command)]: to_plain(command)}, arrays)
 
 
 def decode_command(frame: bytes) -> Command:
     """Raises WireError."""
     try:
-        ((name, plain),) = _unpack(frame)[0].items()
+        head, arrays = _unpack(frame)
+        head.pop("arrays", None)
+        ((name, plain),) = head.items()
         command: Command = from_plain(_COMMANDS[name], plain)
+        if isinstance(command, Add):
+            command.input.prompt_token_ids = arrays[0].tolist()
         return command
     except (ValueError, TypeError, LookupError, AttributeError, StopIteration, struct.error) as error:
         raise WireError(f"not a command: {error!r}") from error
@@ -191,9 +199,9 @@ def _decode_error(plain: dict[str, Any]) -> Exception:
 
 def _pack(head: dict[str, Any], arrays: Sequence[Array] = ()) -> bytes:
     if arrays:
-        head["arrays"] = [(array.dtype.str, len(array)) for array in arrays]
+        head["arrays"] = [(each.dtype.str, len(each)) for each in arrays]
     text = json.dumps(head, separators=(",", ":")).encode()
-    return b"".join([_HEAD.pack(len(text)), text, *(array.tobytes() for array in arrays)])
+    return b"".join([_HEAD.pack(len(text)), text, *(each.tobytes() for each in arrays)])
 
 
 def _unpack(frame: bytes) -> tuple[dict[str, Any], list[Array]]:
@@ -206,7 +214,6 @@ def _unpack(frame: bytes) -> tuple[dict[str, Any], list[Array]]:
     for name, count in head.get("arrays", ()):
         if name not in ("<i8", "<i4", "<f4"):
             raise WireError(f"no array of type {name}")
-        array = np.frombuffer(frame, name, count, start)
-        start += array.nbytes
-        arrays.append(array)
+        arrays.append(np.frombuffer(frame, name, count, start))
+        start += arrays[-1].nbytes
     return head, arrays
