@@ -14,16 +14,18 @@ Streams = Sequence[AsyncGenerator[RequestOutput, None]]
 
 async def merged(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(number of the stream, output) of streams that run together. Leaving early, or a failing stream, ends all."""
-    # It holds one item only: what a slow reader has not taken stays with the engine, which joins it.
-    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue(1)
+    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+    # A stream has one item in the queue: what a slow reader has not taken stays with the engine, which joins it.
+    taken = [asyncio.Semaphore(0) for _ in streams]
 
     async def pump(index: int) -> None:
         try:
             async for output in streams[index]:
-                await queue.put((index, output))
-            await queue.put(None)
+                queue.put_nowait((index, output))
+                await taken[index].acquire()
+            queue.put_nowait(None)
         except Exception as error:
-            await queue.put(error)
+            queue.put_nowait(error)
         finally:
             await streams[index].aclose()
 
@@ -38,6 +40,7 @@ async def merged(streams: Streams) -> AsyncGenerator[tuple[int, RequestOutput], 
                 raise item
             else:
                 yield item
+                taken[item[0]].release()
     finally:
         for task in tasks:
             task.cancel()
