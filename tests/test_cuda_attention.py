@@ -24,7 +24,7 @@ from nanovllm.ops.cuda.varlen import VarlenAttention
 
 Row = tuple[int, int]  # tokens in the cache before the step, new tokens
 SCALE = 0.37
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4 if ON_GPU else 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=not ON_GPU)
@@ -257,6 +257,8 @@ def varlen_attn(
 def test_torch_varlen(block_size: int, window: int | None, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setattr(varlen, "_varlen_attn", lambda: (varlen_attn, set(signature(varlen_attn).parameters)))
+    elif not {"window_size", "scale"} <= varlen._varlen_attn()[1]:
+        pytest.skip("this torch has no such varlen_attn")
     batch = make_batch(rows, block_size=block_size, dtype=torch.float16)
     meta, q, k_cache, v_cache = batch
     ops = VarlenAttention(3, 100_000)

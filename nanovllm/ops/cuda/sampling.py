@@ -1,6 +1,7 @@
 """Choosing tokens in two launches: no sort, and the host waits for nothing.
 
-The meaning is that of runner/choice.py: min-p, top-k and top-p keep an upper set of a row, ties with its boundary included.
+The meaning is that of runner/choice.py: min-p, top-k and top-p keep an upper set of a row, ties with its boundary
+included.
 
 1. ``summarise`` reads all logits once, in pieces: each piece's maximum, and its sum of exponentials.
 2. ``choose``, one program per row, finds the row's maximum and sum from those of its pieces. A greedy row is done then,
