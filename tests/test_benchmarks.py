@@ -59,6 +59,12 @@ def test_a_peer_nobody_knows_is_an_error(tmp_path: Path):
         run_benchmark("cpu_peers", tmp_path / "out.json", "--peer", "other=python")
 
 
+def test_constrained(tmp_path: Path):
+    options = ["--rounds", "1", "--steps", "3", "--rows", "4", "--constrained", "2"]
+    results = run_benchmark("constrained", tmp_path / "out.json", *options)
+    assert results["rows"] == 4 and all(each["best_ms"] > 0 for each in results["figures"].values())
+
+
 def test_serve_overhead(tmp_path: Path):
     options = ["--rounds", "1", "--streams", "4", "--input-len", "8", "--output-len", "6", "--only", "throughput,delay"]
     results = run_benchmark("serve_overhead", tmp_path / "out.json", *options)
