@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.ops.metadata import AttentionMetadata
 
+Array = np.ndarray[Any, Any]
 Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]  # input_ids, positions, meta -> hidden states
+# logits float32 [S, V], then arrays [S]: temperature (0: greedy), top_k (0: off), top_p, min_p, seeds uint64, positions
+# -> tokens int64 [S]. The meaning is that of runner/choice.py.
+Choose = Callable[[Tensor, Array, Array, Array, Array, Array, Array], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,3 +39,4 @@ class Operators:
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
     record: Callable[..., Forward | None]
+    choose: Choose | None = None  # None: runner/choice.py, with torch

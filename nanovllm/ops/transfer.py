@@ -1,4 +1,4 @@
-"""Small arrays on their way to the device."""
+"""Small arrays on their way to the device, and tensors on their way back, while the device goes on working."""
 
 from __future__ import annotations
 
@@ -23,3 +23,22 @@ def upload(array: np.ndarray[Any, Any], target: Tensor) -> None:
     """Copy the array into ``target``, of the same size and dtype, behind the work that still reads it."""
     host = torch.from_numpy(array)
     target.copy_(host if target.device.type == "cpu" else host.pin_memory(), non_blocking=True)
+
+
+class HostCopy:
+    """A tensor on its way to the host, behind the work that makes it; nobody waits until ``wait`` is called."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor
+        self._done: torch.Event | None = None
+        if tensor.device.type != "cpu":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._done = torch.Event(tensor.device)
+            self._done.record()
+
+    def wait(self) -> Tensor:
+        """The tensor on the host. Waits for the copy, not for work launched after it."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host

@@ -1,15 +1,11 @@
-"""An NVIDIA GPU: its memory, its number formats, its copies to the host."""
+"""An NVIDIA GPU: its memory and its number formats."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ParameterError
 from nanovllm.platforms.cuda_driver import Gpu, torch_is_built_for_cuda, visible_gpus
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MARGIN = 256 * 2**20  # bytes left free: cuBLAS workspaces, kernels loaded later, the allocator's rounding
 
@@ -89,31 +85,6 @@ class CudaPlatform:
     def sampling(self, num_logits: int) -> AbstractContextManager[None]:
         """Nothing to prepare: logits are on the GPU."""
         return nullcontext()
-
-    def copy_back(self, tensor: Tensor) -> HostCopy:
-        """Start to copy a tensor to the host, behind the work that makes it; nothing waits until the copy is read."""
-        return HostCopy(tensor)
-
-
-class HostCopy:
-    """A tensor on its way to pinned host memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        import torch
-
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record()
-
-    def wait(self) -> Tensor:
-        """The tensor on the host; waits for the copy, not for steps launched after it."""
-        self._done.synchronize()
-        return self._host
-
-    def tolist(self) -> list[Any]:
-        """``wait().tolist()``."""
-        return self.wait().tolist()
 
 
 def cuda_platform() -> CudaPlatform:

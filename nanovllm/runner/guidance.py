@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.structured import GrammarCompiler, Guide, Limiter, Limits
+from nanovllm.ops.transfer import HostCopy
 from nanovllm.runner.ragged import Array, to_device
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Guidance:
         self.compiler = GrammarCompiler(model)
         self._limiter = Limiter(self.compiler, model.vocab_size)
         self._rows: set[int] = set()
-        self._unread: tuple[Rows, Tensor] | None = None  # the last step's, which the guides have not seen
+        self._unread: tuple[Rows, HostCopy] | None = None  # the last step's, which the guides have not seen
         self._guides: dict[int, Guide] = {}  # by row; only the worker touches them
         self._worker: ThreadPoolExecutor | None = None
 
@@ -73,7 +74,7 @@ class Guidance:
         self._read()
         return StepGuidance(rows, self._worker.submit(self._limits, rows))
 
-    def end(self, step: StepGuidance, token_ids: Tensor) -> None:
+    def end(self, step: StepGuidance, token_ids: HostCopy) -> None:
         """The step's tokens, int64 [S], one for each sampled row; they may still be on their way."""
         free = set(step.limits.result().free)
         self._rows.difference_update(row for index, row in step.rows if index in free)
@@ -91,8 +92,8 @@ class Guidance:
         assert start.guide is not None
         self._guides[start.row] = Guide(start.guide, self.compiler, start.token_ids[start.guided_from :])
 
-    def _accept(self, rows: Rows, token_ids: Tensor) -> None:
-        tokens = token_ids.tolist()  # waits for the device
+    def _accept(self, rows: Rows, token_ids: HostCopy) -> None:
+        tokens = token_ids.wait().tolist()
         for index, row in rows:
             self._guides[row].accept(tokens[index])
 

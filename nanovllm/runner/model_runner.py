@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from nanovllm.engine.plan import StepPlan, StepResult, TokenLogprobs
 from nanovllm.models import build_model, load_weights
 from nanovllm.ops import AttentionMetadata, Forward, operator_table
+from nanovllm.ops.transfer import HostCopy
 from nanovllm.parallel import ParallelContext
 from nanovllm.platforms import get_platform
 from nanovllm.runner.guidance import Guidance, apply_limits
 from nanovllm.runner.input_batch import InputBatch, StepInput
 from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
-from nanovllm.runner.logprobs import gather_logprobs
+from nanovllm.runner.logprobs import Reader, gather_logprobs
 from nanovllm.runner.pooler import Pooler
 from nanovllm.runner.ragged import to_device
 from nanovllm.runner.sampler import Sampler, mark_invalid
@@ -36,23 +38,24 @@ NOT_FINITE = "the model's logits are not finite numbers"
 class PendingStep:
     """A step that has been launched; its tokens may still be on their way on the device."""
 
-    token_ids: Tensor  # int64 [S]; -1: the row's logits are no numbers
-    logprobs: dict[int, TokenLogprobs]
-    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    token_ids: HostCopy  # int64 [S]; -1: the row's logits are no numbers
+    logprobs: Mapping[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[Reader]]
     limits: Limits | None = None  # on the tokens
-    pooled: Tensor | None = None  # float32 [P, hidden]
+    pooled: HostCopy | None = None  # float32 [P, hidden]
 
     def result(self) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
-        token_ids = self.token_ids.tolist()
-        result = StepResult(token_ids, self.logprobs, self.prompt_logprobs)
+        token_ids = self.token_ids.wait().tolist()
+        prompts = {i: [scored for read in readers for scored in read()] for i, readers in self.prompt_logprobs.items()}
+        result = StepResult(token_ids, dict(self.logprobs), prompts)
         if self.limits is not None:
             result.complete, result.failed = self.limits.complete, self.limits.judge(token_ids)
         if -1 in token_ids:
             invalid = [index for index, token in enumerate(token_ids) if token == -1]
             result.failed = {**dict.fromkeys(invalid, NOT_FINITE), **result.failed}
         if self.pooled is not None:
-            result.pooled = list(self.pooled.cpu().numpy())
+            result.pooled = list(self.pooled.wait().numpy())
         return result
 
 
@@ -95,7 +98,7 @@ class ModelRunner:
         log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
 
         self.batch = InputBatch(max_rows, block_size, self.device)
-        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode)
+        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode, self.ops.choose)
         self.guidance = Guidance(model)
         self.pooler = Pooler()
         # row -> (number of likeliest, ids asked for by name, prompt length)
@@ -110,9 +113,10 @@ class ModelRunner:
         hidden = self.forward(inputs.input_ids, inputs.positions, inputs.meta)
         # Prompt first: its logits are gone before those of the sampled rows come.
         prompt_logprobs = self._score_prompts(plan, inputs, hidden) if self._prompt_logprobs else {}
-        pooled = self.pooler.pool(plan, hidden, inputs.meta.query_start_loc)
+        vectors = self.pooler.pool(plan, hidden, inputs.meta.query_start_loc)
+        pooled = None if vectors is None else HostCopy(vectors)
         if not plan.sampled:
-            return PendingStep(torch.empty(0, dtype=torch.int64), {}, prompt_logprobs, pooled=pooled)
+            return PendingStep(HostCopy(torch.empty(0, dtype=torch.int64)), {}, prompt_logprobs, pooled=pooled)
         if inputs.sampled_tokens is not None:
             hidden = hidden.index_select(0, inputs.sampled_tokens)
         rows, positions = inputs.sampled_rows, inputs.sampled_positions
@@ -123,8 +127,8 @@ class ModelRunner:
             token_ids, logprobs = self.sampler.sample(logits, rows, positions, self.batch.tokens, forced)
         self.batch.append(rows, positions, token_ids)
         if guidance is not None:
-            self.guidance.end(guidance, token_ids)
-        return PendingStep(mark_invalid(token_ids, logits), logprobs, prompt_logprobs, limits, pooled)
+            self.guidance.end(guidance, HostCopy(token_ids))
+        return PendingStep(HostCopy(mark_invalid(token_ids, logits)), logprobs, prompt_logprobs, limits, pooled)
 
     @torch.inference_mode()
     def _record(self, config: EngineConfig) -> Forward:
@@ -159,9 +163,9 @@ class ModelRunner:
             sources, targets = zip(*plan.copies, strict=True)
             self.ops.copy_blocks(self.kv_caches, sources, targets)
 
-    def _score_prompts(self, plan: StepPlan, inputs: StepInput, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+    def _score_prompts(self, plan: StepPlan, inputs: StepInput, hidden: Tensor) -> dict[int, list[Reader]]:
         """Log-probabilities of the prompt tokens that follow the computed ones, for the rows that asked."""
-        found: dict[int, list[TokenLogprobs]] = {}
+        found: dict[int, list[Reader]] = {}
         for index, row in enumerate(plan.rows):
             if row not in self._prompt_logprobs:
                 continue
@@ -169,12 +173,12 @@ class ModelRunner:
             first, begin = plan.num_computed[index], inputs.meta.query_start_loc[index]
             # The logits at a position judge the token behind it; the prompt's last position judges the first output.
             scored = min(plan.num_new[index], num_prompt - 1 - first)
-            results: list[TokenLogprobs] = []
+            results: list[Reader] = []
             for done in range(0, scored, PROMPT_ROWS):
                 end = min(done + PROMPT_ROWS, scored)
                 scores = self.sampler.to_scores(self.model.compute_logits(hidden[begin + done : begin + end]))
                 tokens = self.batch.tokens[row, first + done + 1 : first + end + 1].to(torch.int64)
-                results += gather_logprobs(scores, tokens, count, named)
+                results.append(gather_logprobs(scores, tokens, count, named))
             if results:
                 found[index] = results
         return found

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.engine.plan import RowStart, TokenLogprobs
+from nanovllm.ops.operators import Choose
 from nanovllm.runner.blocks import argmax
 from nanovllm.runner.choice import keep_likeliest, sample_plain, sample_top_k, sample_top_p
 from nanovllm.runner.logit_rules import apply_logit_rules
-from nanovllm.runner.logprobs import gather_logprobs
+from nanovllm.runner.logprobs import LateLogprobs, Reader, gather_logprobs
 from nanovllm.runner.ragged import Array, to_device
 from nanovllm.runner.sampling_state import GREEDY, LOGPROBS, PLAIN, TOP_P, SamplingState
 
@@ -23,9 +26,11 @@ class Sampler:
         vocab_size: V.
         logprobs_mode: what logprobs hold: "raw_logprobs" and "raw_logits" are the model's own, "processed_logprobs"
             and "processed_logits" those after penalties, temperature and filters.
+        choose: the device's own way of choosing, an operator (``Operators.choose``); None: ours.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, logprobs_mode: str) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, logprobs_mode: str, choose: Choose | None = None) -> None:
+        self._choose_on_device = choose
         self.state = SamplingState(max_rows, vocab_size)
         self.vocab_size = vocab_size
         stage, self._scale = logprobs_mode.split("_")
@@ -37,7 +42,7 @@ class Sampler:
 
     def sample(
         self, logits: Tensor, rows: Array, positions: Array, tokens: Tensor, forced: Tensor | None = None
-    ) -> tuple[Tensor, dict[int, TokenLogprobs]]:
+    ) -> tuple[Tensor, Mapping[int, TokenLogprobs]]:
         """Choose one token per row.
 
         Args:
@@ -66,7 +71,18 @@ class Sampler:
         return chosen, {} if scores is None else self._logprobs(scores, chosen, rows, wanted)
 
     def _choose(self, logits: Tensor, rows: Array, positions: Array) -> Tensor:
-        methods = self.state.method[rows]
+        state, methods = self.state, self.state.method[rows]
+        if self._choose_on_device is not None:
+            temperature = np.where(methods == GREEDY, np.float32(0.0), state.temperature[rows])
+            return self._choose_on_device(
+                logits,
+                temperature,
+                state.top_k[rows],
+                state.top_p[rows],
+                state.min_p[rows],
+                state.seed[rows],
+                positions,
+            )
         first = int(methods[0])
         if (methods == first).all():
             return self._choose_alike(first, logits, rows, positions)
@@ -104,10 +120,10 @@ class Sampler:
         """Logits [n, V] as the mode wants them: overwritten by their log-probabilities, or as they are."""
         return torch.log_softmax(logits, dim=-1, out=logits) if self._scale == "logprobs" else logits
 
-    def _logprobs(self, logits: Tensor, chosen: Tensor, rows: Array, wanted: Array) -> dict[int, TokenLogprobs]:
+    def _logprobs(self, logits: Tensor, chosen: Tensor, rows: Array, wanted: Array) -> LateLogprobs:
         scores = self.to_scores(logits)
         chosen = chosen.index_select(0, to_device(wanted, logits.device))
-        found: dict[int, TokenLogprobs] = {}
+        parts: list[tuple[list[int], Reader]] = []
         counts = self.state.num_logprobs[rows[wanted]]
         named = [self.state.named[row] for row in rows[wanted]]
         plain = np.array([ids is None for ids in named])
@@ -117,12 +133,13 @@ class Sampler:
             if not len(which):
                 continue
             index = to_device(which, logits.device)
-            results = gather_logprobs(scores.index_select(0, index), chosen.index_select(0, index), count)
-            found.update(zip(wanted[which].tolist(), results, strict=True))
+            read = gather_logprobs(scores.index_select(0, index), chosen.index_select(0, index), count)
+            parts.append((wanted[which].tolist(), read))
         for i in np.flatnonzero(~plain).tolist():
             ids = to_device(named[i], scores.device)
-            found[int(wanted[i])] = gather_logprobs(scores[i : i + 1], chosen[i : i + 1], int(counts[i]), ids)[0]
-        return found
+            read = gather_logprobs(scores[i : i + 1], chosen[i : i + 1], int(counts[i]), ids)
+            parts.append(([int(wanted[i])], read))
+        return LateLogprobs(parts)
 
 
 def mark_invalid(token_ids: Tensor, logits: Tensor) -> Tensor:

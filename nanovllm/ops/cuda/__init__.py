@@ -70,6 +70,7 @@ def operators(
     from nanovllm.ops.cuda.attention import TritonAttention
     from nanovllm.ops.cuda.elementwise import CudaElementwise
     from nanovllm.ops.cuda.linear import CudaLinear
+    from nanovllm.ops.cuda.sampling import choose_tokens
     from nanovllm.ops.cuda.varlen import VarlenAttention
 
     chosen = VarlenAttention if attention_backend == "torch_varlen" else TritonAttention
@@ -91,6 +92,7 @@ def operators(
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
         record=partial(_record, attention),
+        choose=choose_tokens,
     )
 
 

@@ -17,10 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nanovllm.ops.operators import Array
+from nanovllm.ops.transfer import to_device
 
 _PIECE = 4096
 
@@ -61,6 +65,20 @@ def choose(logits: Tensor, choices: Choices) -> Tensor:
         V=width, PIECE=_PIECE, PIECES=pieces, PIECES_PAD=max(2, triton.next_power_of_2(pieces)), num_warps=8,
     )  # fmt: skip
     return tokens
+
+
+def choose_tokens(
+    logits: Tensor, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seeds: Array, positions: Array
+) -> Tensor:
+    """The operator ``choose``: the rows' settings go to the device in one transfer."""
+    packed = np.empty((4, len(seeds)), np.int64)
+    packed[0], packed[1] = seeds.view(np.int64), positions
+    numbers = packed[2:].view(np.float32).reshape(4, -1)
+    numbers[0], numbers[1], numbers[2] = temperature, top_p, min_p
+    numbers[3].view(np.int32)[:] = top_k
+    whole = to_device(packed, logits.device)
+    floats = whole[2:].view(torch.float32).view(4, -1)
+    return choose(logits, Choices(floats[0], floats[3].view(torch.int32), floats[1], floats[2], whole[0], whole[1]))
 
 
 @triton.jit
