@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -210,16 +209,25 @@ class EngineStats:
     def _record(self, outputs: Sequence[EngineOutput], stats: StepStats) -> StepRecord:
         """Most outputs had their last token at the same time, one step ago: they are counted, not listed."""
         now, times = stats.timestamp, self._times
-        ids = [output.request_id for output in outputs if output.new_token_ids and output.request_id in times]
-        first_times, intervals = [], []
-        for previous, count in Counter(map(times.__getitem__, ids)).items():
+        groups: dict[float, int] = {}  # time of the last token -> outputs
+        num_tokens = 0
+        for output in outputs:
+            output_id = output.request_id
+            previous = times.get(output_id)
+            if output.new_token_ids:
+                num_tokens += len(output.new_token_ids)
+                if previous is not None:
+                    groups[previous] = groups.get(previous, 0) + 1
+                    times[output_id] = now
+            if output.finish_reason is not None:
+                times.pop(output_id, None)
+        record = StepRecord(stats, num_tokens, [], [])
+        for previous, count in groups.items():
             if previous < 0:
-                first_times += [now + previous] * count
+                record.first_token_times += [now + previous] * count
             else:
-                intervals.append((now - previous, count))
-        times.update(dict.fromkeys(ids, now))
-        self.forget(output.request_id for output in outputs if output.finish_reason is not None)
-        return StepRecord(stats, sum(len(output.new_token_ids) for output in outputs), first_times, intervals)
+                record.intervals.append((now - previous, count))
+        return record
 
 
 class StatsLog:

@@ -26,6 +26,8 @@ from nanovllm.errors import EngineDeadError, EngineGenerateError, ModelError, Pa
 Array = np.ndarray[Any, Any]
 
 _HEAD = struct.Struct("<I")
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_from_json = json.JSONDecoder().decode
 _COMMANDS: dict[str, type[Any]] = {"add": Add, "finish": Finish, "reset": ResetPrefixCache}
 _NAMES = {cls: name for name, cls in _COMMANDS.items()}
 _UPDATE = frozenset({"ids", "tokens", "cached", "rare", "stats", "refused", "replies", "arrays"})
@@ -200,14 +202,14 @@ def _decode_error(plain: dict[str, Any]) -> Exception:
 def _pack(head: dict[str, Any], arrays: Sequence[Array] = ()) -> bytes:
     if arrays:
         head["arrays"] = [(each.dtype.str, len(each)) for each in arrays]
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = _to_json(head).encode()
     return b"".join([_HEAD.pack(len(text)), text, *(each.tobytes() for each in arrays)])
 
 
 def _unpack(frame: bytes) -> tuple[dict[str, Any], list[Array]]:
     (length,) = _HEAD.unpack_from(frame)
     start = _HEAD.size + length
-    head = json.loads(frame[_HEAD.size : start])
+    head = _from_json(frame[_HEAD.size : start].decode())
     if not isinstance(head, dict):
         raise WireError("the head is no object")
     arrays = []
