@@ -105,3 +105,15 @@ def test_constrained_and_free_requests_share_the_engine(server: Served):
         for number, choice in pool.map(ask, range(24)):
             assert follows(choice["text"]) if number % 2 else choice["finish_reason"] == "length"
     server.wait_until_idle()
+
+
+def test_tokens_asked_for_by_id_are_in_the_logprobs(server: Served):
+    ids = server.ask("/tokenize", {"prompt": "&'"})["tokens"]
+    named = [server.ask("/detokenize", {"tokens": [token]})["prompt"] for token in ids]
+    body: dict[str, Any] = {"max_tokens": 2, "logprob_token_ids": ids, "temperature": 0}
+    text = server.ask("/v1/completions", {"prompt": "x", "logprobs": 1, **body})["choices"][0]["logprobs"]
+    assert all(set(named) < set(top) for top in text["top_logprobs"])
+    chat = server.ask("/v1/chat/completions", {"messages": QUESTION, "logprobs": True, "top_logprobs": 1, **body})
+    for position in chat["choices"][0]["logprobs"]["content"]:
+        assert [entry["token"] for entry in position["top_logprobs"]][-len(named) :] == named
+    assert server.post("/v1/completions", {"prompt": "x", **body}).status_code == 400

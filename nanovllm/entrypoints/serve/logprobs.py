@@ -43,7 +43,8 @@ def completion_logprobs(
             tops.append(None)
             continue
         values.append(max(position[token_id].logprob, FLOOR))
-        best = list(position.items())[: count + 1]
+        named = [item for item in position.items() if item[1].rank is None]  # asked for by id
+        best = [item for item in position.items() if item[1].rank is not None][: count + 1] + named
         tops.append({_name(other, tokenizer, as_ids): max(entry.logprob, FLOOR) for other, entry in best})
     return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 
@@ -67,8 +68,11 @@ def chat_logprobs(
 
     content = []
     for token_id, position in zip(token_ids, positions, strict=True):
-        ranked = sorted(position.items(), key=lambda item: item[1].rank or len(position))
-        top = [shown(other, entry) for other, entry in ranked[:count]]
+        named = [item for item in position.items() if item[1].rank is None]  # asked for by id
+        ranked = sorted(
+            (item for item in position.items() if item[1].rank is not None), key=lambda item: item[1].rank or 0
+        )
+        top = [shown(other, entry) for other, entry in ranked[:count] + named]
         content.append({**shown(token_id, position[token_id]), "top_logprobs": top})
     return {"content": content}
 

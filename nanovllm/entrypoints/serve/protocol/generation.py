@@ -195,6 +195,8 @@ class GenerationRequest(BaseModel):
         Raises:
             ParameterError: a value out of range.
         """
+        if self.logprob_token_ids is not None and logprobs is None:
+            raise ParameterError("has its place in logprobs: ask for them", "logprob_token_ids", self.logprob_token_ids)
         fields: dict[str, Any] = {name: value for name, value in defaults.items() if name != "max_tokens"}
         for name in _SAME_NAME:
             value = getattr(self, name)
