@@ -93,6 +93,7 @@ def test_a_file_may_hold_the_options(tmp_path: Path):
     file.write_text(
         "model: demo\nserved-model-name: [one, two]\nmax-model-len: 512\nenable-prompt-tokens-details: true\n"
         "api-key: from-file\nresponse-role: narrator\nmax-logprobs: 3\n"
+        "override-generation-config:\n  max_new_tokens: 7\n  temperature: 0.0\n"
     )
     with served("--config", str(file), "--api-key", "from-line", "--return-tokens-as-token-ids", "-O0") as server:
         key = {"x-api-key": "from-line"}
@@ -105,6 +106,12 @@ def test_a_file_may_hold_the_options(tmp_path: Path):
         assert answer["choices"][0]["logprobs"]["content"][0]["token"].startswith("token_id:")
         assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
         assert server.post("/v1/completions", {"prompt": "x", "logprobs": 4}, headers=key).status_code == 400
+        # What a request sets goes before the model's defaults, and those before OpenAI's.
+        body = {"messages": body["messages"], "ignore_eos": True}
+        once, again = (server.ask("/v1/chat/completions", body, headers=key) for _ in range(2))
+        assert once["choices"] == again["choices"] and once["usage"]["completion_tokens"] == 7
+        longer = server.ask("/v1/chat/completions", {**body, "max_tokens": 9, "temperature": 1.5}, headers=key)
+        assert longer["usage"]["completion_tokens"] == 9
 
 
 def test_settings_that_change_answers():

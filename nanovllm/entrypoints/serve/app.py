@@ -30,15 +30,16 @@ from nanovllm.errors import ParameterError
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
 
+# A request is matched against them in turn: the busy ones come first.
 ROUTERS = (
-    system.router,
-    models.router,
-    completions.router,
     chat_completions.router,
-    responses.router,
+    completions.router,
     messages.router,
+    responses.router,
     embeddings.router,
     tokens.router,
+    models.router,
+    system.router,
 )
 
 
@@ -59,9 +60,9 @@ def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
         openapi_url="/openapi.json" if docs else None,
     )
     context = app.state.context = ServeContext(engine, args)
-    add_metrics(app, engine, context.model_names[0])
     for router in ROUTERS:
         app.include_router(router)
+    add_metrics(app, engine, context.model_names[0])
     add_handlers(app)
     _add_middleware(app, args)
     return app
