@@ -429,11 +429,13 @@ def test_the_command_finds_the_model_measures_and_writes_a_file(
 def test_results_are_appended_and_named_as_asked(tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     options = ["--model", "served", "--tokenizer", str(tokenizer), "--result-dir", str(tmp_path / "new")]
     options += ["--append-result", "--result-filename", "all.json", "--backend", "openai-chat", "--save-detailed"]
+    options += ["--chat-template-kwargs.enable_thinking", "false"]
     with FakeServer(serve) as server:
         assert run_bench(server, tokenizer, *options, "--request-rate", "200", "--goodput", "ttft:9000") == 0
         assert run_bench(server, tokenizer, *options, "--extra-body.top_k", "5", "--served-model-name", "other") == 0
         last = server.requests[-1].json()
     assert (last["model"], last["top_k"]) == ("other", 5)
+    assert last["chat_template_kwargs"] == {"enable_thinking": False}
     first, second = map(json.loads, (tmp_path / "new" / "all.json").read_text().splitlines())
     assert (first["request_rate"], second["request_rate"]) == (200.0, "inf")
     assert first["generated_texts"] == ["Hi!"] * 5
@@ -469,6 +471,7 @@ def test_failures_are_counted_and_shown(tokenizer: Path, capfd: pytest.CaptureFi
          "contradict each other"),
         (["--dataset-name", "sharegpt"], "needs --dataset-path"),
         (["--base-url", "nowhere"], "--base-url: 'nowhere' is not a URL"),
+        (["--chat-template-kwargs.x", "1"], "--chat-template-kwargs is for --backend openai-chat, not openai"),
         (["--request-rate", "0"], "must be positive (parameter=request_rate"),
         (["--base-url", "http://127.0.0.1:9"], "is it running?"),
     ],

@@ -84,6 +84,10 @@ class _Options:
             self.extra_body |= (
                 {"logprobs": True, "top_logprobs": given.logprobs} if chat else {"logprobs": given.logprobs}
             )
+        if given.chat_template_kwargs:
+            if given.backend != "openai-chat":
+                raise UsageError(f"--chat-template-kwargs is for --backend openai-chat, not {given.backend}")
+            self.extra_body.setdefault("chat_template_kwargs", given.chat_template_kwargs)
         self.request_id_prefix: str = given.request_id_prefix or f"bench-{uuid.uuid4().hex[:8]}-"
         self.times = self._times()
         self._target("").client()  # refuses a URL that is none

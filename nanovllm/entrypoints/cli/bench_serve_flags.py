@@ -86,6 +86,8 @@ def _requests(add: Adder) -> None:
     add("--logprobs", "ask for log-probabilities of so many tokens", type=int, metavar="N")
     for name, kind in SAMPLING.items():
         add("--" + name.replace("_", "-"), "sent with every request", type=kind, metavar="X")
+    text = "variables for the chat template, with openai-chat"
+    add("--chat-template-kwargs", text, action=MergeJson, default={})
     add("--extra-body", "laid over what is posted", action=MergeJson, default={})
     add("--request-id-prefix", "of the header x-request-id (default: a random one)", metavar="TEXT")
 
