@@ -162,14 +162,42 @@ def test_openmetrics_is_spoken_when_asked_for(llm: AsyncLLM):
 
 def test_the_document_lists_what_there_is(llm: AsyncLLM):
     families = metrics_after(llm, asyncio.sleep(0)).families
-    rows = re.findall(r"^\| `(vllm:\w+)` \| (\w+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w:]+)` \| (\w+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     offered = {
         (f"{family.name}_total" if family.type == "counter" else family.name, family.type)
         for family in families.values()
-        if family.name.startswith("vllm:")
+        if family.name.startswith(("vllm:", "http_"))
     }
     assert offered == set(rows) and len(rows) == len(offered)
     assert "process_cpu_seconds" in families and "python_info" in families
+
+
+def test_http_requests_are_counted_by_route(llm: AsyncLLM):
+    app = FastAPI()
+    add_metrics(app, llm, "tiny")
+
+    @app.get("/things/{name}")
+    async def thing(name: str) -> str:
+        if name == "broken":
+            raise RuntimeError("broken")
+        return name
+
+    async def main() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            for path in ("/things/a", "/things/b", "/nowhere", "/elsewhere"):
+                await client.get(path)
+            with pytest.raises(RuntimeError):
+                await client.get("/things/broken")
+        return (await scrape(app)).text
+
+    text = asyncio.run(main())
+    counts = dict(re.findall(r"^http_requests_total\{(.*)\} ([\d.]+)$", text, re.MULTILINE))
+    assert counts == {
+        'handler="/things/{name}",method="GET",status="2xx"': "2.0",
+        'handler="/things/{name}",method="GET",status="5xx"': "1.0",
+        'handler="none",method="none",status="4xx"': "2.0",
+    }
+    assert 'http_request_duration_seconds_count{handler="/things/{name}",method="GET"} 3.0' in text
 
 
 def test_buckets_are_cumulated_and_bounds_are_inclusive():

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from nanovllm.entrypoints.serve.http_metrics import CountRequests
 from nanovllm.outputs import PoolingRequestOutput
 
 if TYPE_CHECKING:
@@ -219,8 +220,9 @@ class MetricsObserver(Collector):
 
 
 def add_metrics(app: FastAPI, engine: AsyncLLM, model_name: str) -> MetricsObserver:
-    """Follow ``engine``, and answer ``GET /metrics`` of the application."""
+    """Follow ``engine``, count the application's requests, and have it answer ``GET /metrics``."""
     observer = MetricsObserver(engine, model_name)
+    app.add_middleware(CountRequests, registry=observer.registry)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics(request: Request) -> Response:
