@@ -73,9 +73,7 @@ class Server:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.url = f"http://127.0.0.1:{port}"
         started = time.perf_counter()
-        self._process = subprocess.Popen(
-            command, stdout=self._log, stderr=self._log, env=environment, start_new_session=True
-        )
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
         while not self._answers():
             if self._process.poll() is not None or time.perf_counter() - started > START_LIMIT:
                 self.stop()
@@ -92,14 +90,13 @@ class Server:
             return False
 
     def stop(self) -> None:
-        """End it and everything it has started."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        """End it; what it has started ends with it."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def start(name: str, model: Path, options: argparse.Namespace) -> Server:
