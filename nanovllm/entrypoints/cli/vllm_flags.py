@@ -28,11 +28,14 @@ TAKEN_SWITCHES = {
     "calculate_kv_scales": "the cache is not quantised",
     "show_hidden_metrics_for_version": "no metrics are hidden",
     "use_tqdm_on_load": "loading takes a second",
+    "enable_log_outputs": "answers are not logged",
+    "enable_log_deltas": "answers are not logged",
     "log_error_stack": "faults are always logged with their stack",
 }
 TAKEN_VALUES = {
     "chat_template_content_format": "what a template takes is found out",
     "tool_strict_level": "schemas are always enforced for required and named tools, and for strict ones",
+    "h11_max_header_count": "heads are limited by --h11-max-incomplete-event-size",
     "config_format": "checkpoints are in the Hugging Face format",
     "tokenizer_pool_size": "prompts are tokenised on threads",
     "max_parallel_loading_workers": "weights are mapped into memory",
