@@ -290,3 +290,19 @@ def test_chat_options_cannot_be_smuggled_in(processor):
 def test_the_configured_chat_template_replaces_the_models(folder):
     processor = InputProcessor(make_config(folder, chat_template="{{ 'mine' }}"))
     assert processor.render_chat([{"role": "user", "content": "hi"}])["prompt"] == "mine"
+
+
+def test_a_template_told_not_to_reason_says_so_in_the_prompt(folder):
+    config = make_config(folder)
+    config.structured_outputs = StructuredOutputsConfig(reasoning_parser="qwen3")
+    processor = InputProcessor(config)
+    messages = [{"role": "user", "content": "hi"}]
+    for variables, ended in (({}, None), ({"enable_thinking": True}, None), ({"enable_thinking": False}, True)):
+        prompt = processor.render_chat(messages, chat_template_kwargs=variables)
+        assert prompt.get("reasoning_ended") is ended
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+        guide = processor.process(prompt, params).guide
+        assert guide is not None and bool(guide.think_end) == (ended is None)
+    assert "reasoning_ended" not in InputProcessor(make_config(folder)).render_chat(
+        messages, chat_template_kwargs={"enable_thinking": False}
+    )

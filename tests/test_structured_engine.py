@@ -3,8 +3,11 @@ business."""
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -309,6 +312,22 @@ def test_a_row_is_free_again_for_whoever_comes_next(folder: Path):
         generate(llm, "x", constrained(json=PERSON))
         assert generate(llm, "hello", free)[0].token_ids == before
         assert generate(llm, "x", constrained(choice=["yes"]))[0].text == "yes"
+
+
+def test_closing_the_engine_ends_its_threads(folder: Path):
+    def ours() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("nanovllm")}
+
+    before = ours()
+    with make_llm(folder) as llm:
+        generate(llm, "x", constrained(choice=["yes"]))
+        assert ours() > before
+    del llm
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while ours() != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ours() == before
 
 
 # -- reasoning ---------------------------------------------------------------------------------------------------------
