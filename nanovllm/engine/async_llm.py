@@ -22,7 +22,8 @@ from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace, make_core
 from nanovllm.engine.family import child_ids
 from nanovllm.engine.input import EngineInput
-from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
+from nanovllm.engine.inspection import LOST, Viewers
+from nanovllm.engine.messages import Add, Command, Died, Finish, Inspect, Message, Ready, ResetPrefixCache, Update, View
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
 from nanovllm.engine.stream import Stream
 from nanovllm.engine.thread_core import Listener, ThreadCore
@@ -62,6 +63,7 @@ class AsyncLLM(EngineFace):
 
     Attributes:
         stats: the engine's latest known state and totals.
+        viewers: those who watch its steps.
         num_blocks: blocks of the KV cache, the padding block included; 0 before the model is loaded.
     """
 
@@ -91,6 +93,7 @@ class AsyncLLM(EngineFace):
         self._max_restarts = max_restarts
         self._deaths: deque[float] = deque()
         self._streams: dict[str, Stream] = {}
+        self.viewers = Viewers(lambda on: self._core.send(Inspect(on)))
         self._aborted: set[str] = set()  # streams whose prompt was still being tokenised
         self._loop: asyncio.AbstractEventLoop | None = None
         self._numbers = itertools.count()
@@ -303,6 +306,8 @@ class AsyncLLM(EngineFace):
     def _receive(self, message: Message) -> None:
         if isinstance(message, Update):
             self._update(message)
+        elif isinstance(message, View):
+            self.viewers.show(message.frame)
         elif isinstance(message, Ready):
             model = dataclasses.replace(self.config.model, max_model_len=message.max_model_len)
             self.config = dataclasses.replace(self.config, model=model)
@@ -310,6 +315,7 @@ class AsyncLLM(EngineFace):
             self.num_blocks = message.num_blocks
             self._ready = self._was_ready = True
             self._wake_ready()
+            self.viewers.renew()
         else:
             self._bury(message)
 
@@ -337,6 +343,7 @@ class AsyncLLM(EngineFace):
     def _bury(self, death: Died) -> None:
         """The core has died: its requests end, and another one is started if that may help."""
         self._ready = False
+        self.viewers.show(LOST)
         if self._was_ready or not isinstance(death.error, ValueError):  # what users can mend, `ready` tells them
             logger.error("The engine has died: %s", death.error)
         self._end_all(EngineDeadError(f"the engine has stopped: {death.error}"))

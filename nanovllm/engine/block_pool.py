@@ -48,6 +48,7 @@ class BlockPool:
         self.hash_of: list[bytes | None] = [None] * num_blocks
         self.cached: dict[bytes, int] = {}
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self.changed: set[int] | None = None  # blocks whose state may have changed, for whoever sets a set here
 
     @property
     def num_free(self) -> int:
@@ -68,6 +69,8 @@ class BlockPool:
                 self.forget(block)
             self.ref_count[block] = 1
             blocks.append(block)
+        if self.changed is not None:
+            self.changed.update(blocks)
         return blocks
 
     def acquire(self, blocks: Iterable[int]) -> None:
@@ -76,9 +79,13 @@ class BlockPool:
             if self.ref_count[block] == 0:
                 del self.free[block]
             self.ref_count[block] += 1
+            if self.changed is not None:
+                self.changed.add(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each block of a table. The tail is freed first, so that it is evicted before the head."""
+        if self.changed is not None:
+            self.changed.update(blocks)
         for block in reversed(blocks):
             self.ref_count[block] -= 1
             if self.ref_count[block] == 0:
@@ -91,6 +98,8 @@ class BlockPool:
         if block_hash not in self.cached:
             self.cached[block_hash] = block
             self.hash_of[block] = block_hash
+            if self.changed is not None:
+                self.changed.add(block)
 
     def match(self, block_hashes: Iterable[bytes]) -> list[int]:
         """The longest run of cached blocks from the start of a hash chain. Takes no reference."""
@@ -114,5 +123,7 @@ class BlockPool:
         """Make a block unfindable, whoever owns it."""
         block_hash = self.hash_of[block]
         self.hash_of[block] = None
+        if self.changed is not None:
+            self.changed.add(block)
         if block_hash is not None and self.cached.get(block_hash) == block:
             del self.cached[block_hash]

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.inspection import Watch
 from nanovllm.engine.invariants import InvariantChecker
 from nanovllm.engine.plan import EngineOutput, StepPlan, StepResult
 from nanovllm.engine.request import Request
@@ -52,6 +53,8 @@ class EngineCore:
         self.max_steps_in_flight = config.scheduler.max_steps_in_flight
         self.meter = StepMeter(self.scheduler)
         self.checker: InvariantChecker | None = None  # set by tests
+        self.watch: Watch | None = None  # while somebody watches
+        self._budget = config.scheduler.max_num_batched_tokens
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._undelivered: list[EngineOutput] = []
 
@@ -85,6 +88,8 @@ class EngineCore:
             if plan is None:
                 break
             self.meter.planned(plan)
+            if self.watch is not None:
+                self.watch.planned(plan)
             if self.checker is not None:
                 self.checker.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
@@ -118,6 +123,16 @@ class EngineCore:
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False while any request holds blocks."""
         return self.scheduler.kv.pool.reset_cache()
+
+    def inspect(self, on: bool) -> None:
+        """Record what steps do, beginning with the state as it is now, or stop that."""
+        if self.watch is None and on:
+            self.watch = Watch(self.scheduler, self._budget)
+        elif self.watch is not None and on:
+            self.watch.renew()
+        elif self.watch is not None:
+            self.watch.close()
+            self.watch = None
 
     def shutdown(self) -> None:
         """Stop the executor. Idempotent."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from nanovllm.engine.core import EngineCore
 from nanovllm.engine.family import make_family
-from nanovllm.engine.messages import Add, Command, Finish, Message, Update
+from nanovllm.engine.messages import Add, Command, Finish, Inspect, Message, Update, View
 from nanovllm.errors import StepError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class EngineLoop:
         core: what is driven; nobody else may touch it meanwhile.
         max_model_len: context in tokens.
         inbox: where commands come from.
-        deliver: called with every `Update`; must not wait.
+        deliver: called with every `Update` and `View`; must not wait.
     """
 
     def __init__(self, core: EngineCore, max_model_len: int, inbox: Inbox, deliver: Callable[[Message], None]) -> None:
@@ -54,6 +54,8 @@ class EngineLoop:
                     logger.exception("A step failed; its requests end with an error, the others go on.")
             update.stats = core.meter.take()
             self._deliver(update)
+            if core.watch is not None and (frame := core.watch.take(idle=not core.has_work)) is not None:
+                self._deliver(View(frame))
 
     def _obey(self, command: Command, update: Update) -> None:
         core = self._core
@@ -65,5 +67,7 @@ class EngineLoop:
                 update.refused.append((command.request_id, error))
         elif isinstance(command, Finish):
             core.finish(command.request_ids, command.reason)
+        elif isinstance(command, Inspect):
+            core.inspect(command.on)
         else:
             update.replies.append((command.number, core.reset_prefix_cache()))

@@ -1,7 +1,7 @@
 """What an engine that runs by itself is told, and what it says.
 
-    face --commands-->  Add, Finish, ResetPrefixCache        engine loop
-         <--messages--  Ready, Update, Died
+    face --commands-->  Add, Finish, ResetPrefixCache, Inspect        engine loop
+         <--messages--  Ready, Update, View, Died
 
 All of it is plain data: the loop may run on a thread of this process or in a process of its own (`wire.py` has the
 bytes).
@@ -44,7 +44,14 @@ class ResetPrefixCache:
     number: int
 
 
-Command = Add | Finish | ResetPrefixCache
+@dataclass(slots=True)
+class Inspect:
+    """Send a `View` now and then, the first with the whole state; or send no more of them."""
+
+    on: bool
+
+
+Command = Add | Finish | ResetPrefixCache | Inspect
 
 
 @dataclass(slots=True)
@@ -66,10 +73,17 @@ class Update:
 
 
 @dataclass(slots=True)
+class View:
+    """What whoever watches is shown (`inspection.py`)."""
+
+    frame: bytes
+
+
+@dataclass(slots=True)
 class Died:
     """The engine has stopped; the last message there is."""
 
     error: BaseException
 
 
-Message = Ready | Update | Died
+Message = Ready | Update | View | Died

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm.engine.messages import Add, Command, Died, Finish, Message, Ready, ResetPrefixCache, Update
+from nanovllm.engine.messages import Add, Command, Died, Finish, Inspect, Message, Ready, ResetPrefixCache, Update, View
 from nanovllm.engine.plain import from_plain, to_plain
 from nanovllm.engine.plan import EngineOutput, TokenLogprobs
 from nanovllm.engine.stats import StepStats
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 _HEAD = struct.Struct("<I")
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 _from_json = json.JSONDecoder().decode
-_COMMANDS: dict[str, type[Any]] = {"add": Add, "finish": Finish, "reset": ResetPrefixCache}
+_COMMANDS: dict[str, type[Any]] = {"add": Add, "finish": Finish, "reset": ResetPrefixCache, "inspect": Inspect}
 _NAMES = {cls: name for name, cls in _COMMANDS.items()}
 _UPDATE = frozenset({"ids", "tokens", "cached", "rare", "stats", "refused", "replies", "arrays"})
 _USER_ERRORS: dict[str, type[Exception]] = {cls.__name__: cls for cls in (ParameterError, ModelError)}
@@ -72,6 +72,8 @@ def encode_message(message: Message) -> bytes:
     """A message as a frame."""
     if isinstance(message, Update):
         return _encode_update(message)
+    if isinstance(message, View):
+        return _pack({"view": True}, [np.frombuffer(message.frame, np.uint8)])
     if isinstance(message, Ready):
         return _pack({"ready": [message.max_model_len, message.num_blocks]})
     return _pack({"died": _encode_error(message.error)})
@@ -85,6 +87,8 @@ def decode_message(frame: bytes) -> Message:
             return Died(_decode_error(head["died"]))
         if "ready" in head:
             return Ready(*head["ready"])
+        if "view" in head:
+            return View(arrays[0].tobytes())
         if not _UPDATE.issuperset(head):
             raise WireError(f"unknown keys in {list(head)}")
         return _decode_update(head, arrays)
@@ -214,7 +218,7 @@ def _unpack(frame: bytes) -> tuple[dict[str, Any], list[Array]]:
         raise WireError("the head is no object")
     arrays = []
     for name, count in head.get("arrays", ()):
-        if name not in ("<i8", "<i4", "<f4"):
+        if name not in ("<i8", "<i4", "<f4", "|u1"):
             raise WireError(f"no array of type {name}")
         arrays.append(np.frombuffer(frame, name, count, start))
         start += arrays[-1].nbytes
