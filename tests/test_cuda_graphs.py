@@ -113,6 +113,24 @@ def test_other_steps_are_launched(model: Decoder, sizes: tuple[int, ...], news: 
     assert capture.captures == 0
 
 
+def test_a_step_that_runs_out_of_memory_runs_once_more(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, plain = Steps(model, None), Steps(model, None, wrap=False)
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    forward = steps._plain
+    failures = [torch.OutOfMemoryError("full")]
+
+    def fails_once(*arguments: Any) -> Tensor:
+        if failures:
+            raise failures.pop()
+        return forward(*arguments)
+
+    steps.forward._forward = fails_once  # type: ignore[attr-defined]
+    table = tables(3, 3)
+    assert torch.equal(steps.run(table, [2, 2], [1, 5]), plain.run(table, [2, 2], [1, 5]))
+    assert freed == [True]
+
+
 def test_a_wider_block_table_is_recorded_anew(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_TABLE_WIDTH", 3)
     capture = FakeCapture()

@@ -415,7 +415,11 @@ def model(checkpoint: tuple[Path, Any]) -> Any:
 
 
 def memory(num_bytes: int) -> Any:
-    return SimpleNamespace(available_memory=lambda: num_bytes)
+    return SimpleNamespace(
+        available_memory=lambda: num_bytes,
+        memory_budget=lambda utilization: int(num_bytes * utilization),
+        peak_memory=lambda work: None,
+    )
 
 
 def test_cache_size_comes_from_the_override_then_from_bytes_then_from_memory(
@@ -433,6 +437,19 @@ def test_cache_size_comes_from_the_override_then_from_bytes_then_from_memory(
     config = make_config(checkpoint[0], num_gpu_blocks_override=None, gpu_memory_utilization=0.5)
     overhead = kv_cache.activation_bytes(config, model) + kv_cache._RESERVE
     assert count(config, model, memory(2 * (overhead + 100 * per_block))) == 100
+
+
+def test_the_largest_step_may_be_tried_instead(checkpoint: tuple[Path, Any], model: Any) -> None:
+    """On a device where that is quick, what it took counts, not the bound from shapes."""
+    tried = []
+    platform = memory(2**32)
+    taken = 2**32 - kv_cache._RESERVE - 100 * kv_cache.bytes_per_block(model, BLOCK_SIZE)
+    platform.peak_memory = lambda work: (tried.append(work()), taken)[1]
+    config = make_config(
+        checkpoint[0], num_gpu_blocks_override=None, gpu_memory_utilization=1.0, max_num_batched_tokens=1030
+    )
+    assert kv_cache.count_blocks(config, model, platform) == 100
+    assert len(tried) == 1
 
 
 def test_no_room_for_the_cache_is_an_error_with_the_remedy(checkpoint: tuple[Path, Any], model: Any) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +56,14 @@ class CpuPlatform:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         limits = [left for group in _cgroup_folders() if (left := _cgroup_memory_left(group)) is not None]
         return max(0, min([free, *limits]))
+
+    def memory_budget(self, utilization: float) -> int:
+        """Bytes this process may take beyond what it holds now: a share of the free memory."""
+        return int(self.available_memory() * utilization)
+
+    def peak_memory(self, work: Callable[[], object]) -> int | None:
+        """None: trying a step costs more than the rest of the start-up, and shapes bound what it takes."""
+        return None
 
     def memory_used_by_process(self) -> int:
         """Bytes of memory resident in this process."""

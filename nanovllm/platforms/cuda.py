@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from nanovllm.errors import ParameterError
@@ -68,6 +69,18 @@ class CudaPlatform:
         total = torch.cuda.mem_get_info()[1]
         own = int(total * utilization) - self.memory_used_by_process()
         return max(0, min(own, self.available_memory() - _MARGIN))
+
+    def peak_memory(self, work: Callable[[], object]) -> int | None:
+        """Bytes that ``work`` takes at most beyond what is held before; also compiles the kernels it needs."""
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        return peak
 
     def memory_used_by_process(self) -> int:
         """Bytes of GPU memory that tensors of this process hold."""

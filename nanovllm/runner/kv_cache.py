@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.cpu.memory import advise_huge_pages
+from nanovllm.runner.trial import try_step
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.models import Decoder
-    from nanovllm.platforms import CpuPlatform
+    from nanovllm.platforms import Platform
 
 logger = logging.getLogger("nanovllm")
 
@@ -41,7 +42,14 @@ def activation_bytes(config: EngineConfig, model: Decoder) -> int:
     return (scheduler.max_num_batched_tokens * width + gathered) * model.dtype.itemsize + logits
 
 
-def count_blocks(config: EngineConfig, model: Decoder, platform: CpuPlatform) -> int:
+def step_bytes(config: EngineConfig, model: Decoder, platform: Platform) -> int:
+    """What a step of the largest size holds beside weights and cache: tried where that is quick, or from shapes."""
+    caches = allocate(model, 1, config.cache.block_size, model.norm.weight.device)
+    tried = platform.peak_memory(lambda: try_step(config, model, caches))
+    return activation_bytes(config, model) if tried is None else tried
+
+
+def count_blocks(config: EngineConfig, model: Decoder, platform: Platform) -> int:
     """Number of blocks the cache shall have, the padding block included.
 
     In this order: ``num_blocks`` as given; what ``memory_bytes`` hold; what free memory allows, but not more than
@@ -57,7 +65,7 @@ def count_blocks(config: EngineConfig, model: Decoder, platform: CpuPlatform) ->
     elif cache.memory_bytes is not None:
         num_blocks, parameter, given = cache.memory_bytes // size, "kv_cache_memory_bytes", cache.memory_bytes
     else:
-        free = platform.available_memory() * cache.memory_utilization - activation_bytes(config, model) - _RESERVE
+        free = platform.memory_budget(cache.memory_utilization) - step_bytes(config, model, platform) - _RESERVE
         useful = scheduler.max_num_seqs * -(-config.model.max_model_len // cache.block_size) + 1
         num_blocks, parameter, given = min(int(free // size), useful), "gpu_memory_utilization", None
     if num_blocks < 2:

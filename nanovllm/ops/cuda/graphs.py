@@ -95,7 +95,7 @@ class DecodeGraphs:
         """input_ids, positions int64 [T] -> hidden states [T, hidden]."""
         count = len(meta.seq_lens)
         if meta.num_decodes != count or count > self._buckets[-1]:
-            return self._forward(input_ids, positions, meta)
+            return self._launch(input_ids, positions, meta)
         size = next(bucket for bucket in self._buckets if bucket >= count)
         table = self._place_table(meta.block_table)
         lengths = np.zeros(size, np.int64)
@@ -116,6 +116,15 @@ class DecodeGraphs:
         if new:
             graph.run = self._record(graph, size, table)
         return graph.run()[:count]
+
+    def _launch(self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata) -> Tensor:
+        """Kernel by kernel. A step may run again: it writes the same keys and values to the same slots."""
+        try:
+            return self._forward(input_ids, positions, meta)
+        except torch.OutOfMemoryError:
+            logger.warning("Out of memory in a step of %d tokens: once more, with freed memory", len(positions))
+        torch.cuda.empty_cache()
+        return self._forward(input_ids, positions, meta)
 
     def _place_table(self, block_table: Tensor) -> Tensor:
         """Copy a step's block table to where the graphs read it; a wider one than ever before takes a new place."""
