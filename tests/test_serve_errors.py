@@ -109,6 +109,8 @@ CHAT_ERRORS = [
     ({"chat_template": "{{ messages }}"}, "--trust-request-chat-template"),
     ({"chat_template_kwargs": {"chat_template": "/etc/passwd"}}, "--trust-request-chat-template"),
     ({"chat_template_kwargs": {"messages": []}}, "must not hold 'messages'"),
+    ({"chat_template_kwargs": {"chat_template": [1]}}, "--trust-request-chat-template"),
+    ({"chat_template_kwargs": {"template": 1}}, "the chat template fails on this request: TypeError"),
     ({"tool_choice": "required"}, "needs tools"),
     ({"tools": [{"type": "function", "function": {"x": 1}}], "tool_choice": "required"}, "a function with a name"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "what"}, "tool_choice must be"),

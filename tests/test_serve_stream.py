@@ -120,6 +120,35 @@ def test_a_client_that_leaves_closes_the_source(keep_alive: float):
     asyncio.run(main())
 
 
+def test_a_client_that_leaves_while_a_comment_is_on_its_way_closes_the_source():
+    closed: list[str] = []
+
+    async def silent() -> AsyncIterator[bytes]:
+        try:
+            yield b"data: 1\n\n"
+            await asyncio.sleep(60)
+        finally:
+            closed.append("source")
+
+    async def main() -> None:
+        connection = Connection()
+        stuck = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message.get("body") == b": keep-alive\n\n":
+                stuck.set()
+                await asyncio.sleep(60)
+
+        stream = EventStream(silent(), "/v1/completions", 0.01)
+        task = asyncio.create_task(stream({"type": "http"}, connection.receive, send))
+        await stuck.wait()
+        connection.gone.set()
+        await asyncio.wait_for(task, 5)
+        assert closed == ["source"]
+
+    asyncio.run(main())
+
+
 def test_work_is_cancelled_when_nobody_waits_for_it():
     async def main() -> None:
         connection = Connection()

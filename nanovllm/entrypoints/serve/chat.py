@@ -24,6 +24,9 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 DEFAULT_TOOL_PARSER = "hermes"  # the form in which required calls are asked for if the server names no parser
 
+# What a template raises that meets values it was not written for.
+_TEMPLATE_FAULTS = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 @dataclass
 class ChatTurn:
@@ -175,9 +178,13 @@ async def render_messages(context: ServeContext, request: ChatCompletionRequest)
                 continue_final_message=request.continue_final_message,
                 chat_template_kwargs=variables,
             )
-        except TypeError:  # what the tokenizer says of half a surrogate pair; this names it
-            json.dumps([messages, tools, variables], ensure_ascii=False).encode()
-            raise
+        except _TEMPLATE_FAULTS as error:
+            json.dumps([messages, tools, variables], ensure_ascii=False).encode()  # names text that is not Unicode
+            raise ParameterError(
+                f"the chat template fails on this request: {type(error).__name__}: {error}",
+                "chat_template_kwargs",
+                sorted(variables),
+            ) from error
         if request.add_special_tokens:
             rendered["prompt_token_ids"] = context.tokenizer.encode(rendered["prompt"])
         return rendered
@@ -200,7 +207,7 @@ def _tools(request: ChatCompletionRequest) -> list[dict[str, Any]] | None:
 def _own_template(context: ServeContext, request: ChatCompletionRequest) -> str | None:
     """The template a request brings: the name of one of the model's, or, if the server trusts it, its text."""
     asked = request.chat_template or (request.chat_template_kwargs or {}).get("chat_template")
-    if asked is None or asked in context.tokenizer.chat_templates:
+    if asked is None or (isinstance(asked, str) and asked in context.tokenizer.chat_templates):
         return asked
     if not context.args.trust_request_chat_template:
         raise ParameterError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from json.encoder import encode_basestring, encode_basestring_ascii  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
@@ -89,9 +89,9 @@ class EventStream(Response):
             data = name + event(error.body(self._path)) + self._ending
             await send({"type": "http.response.body", "body": data, "more_body": True})
         finally:
-            close = getattr(source, "aclose", None)
-            if close is not None:
-                await close()
+            for each in (events, source):  # in this order: the first may be waiting for the second
+                if isinstance(each, AsyncGenerator):
+                    await each.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_head(self, send: Send) -> None:
