@@ -4,8 +4,8 @@ core:   Watch.planned, per step --a record--> Watch.take, ten times a second --f
 front:  Viewers.show --frame--> whoever iterates over `Viewers.frames`
 
 A frame is JSON: ``records``, one per step, and ``full``, the state before them, when somebody begins to watch. A record
-is applied in this order: ``gone``, ``starts``, ``tables``, the batch, ``blocks``. Nothing is recorded while nobody watches. There is no text, no token and no request's id in it: requests go by the number of
-their arrival.
+is applied in this order: ``gone``, ``starts``, ``tables``, the batch, ``blocks``. Nothing is recorded while nobody
+watches. There is no text, no token and no request's id in it: requests go by the number of their arrival.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ SERVE_HELP: dict[str, dict[str, str]] = {
         "h11_max_incomplete_event_size": "most bytes of a request's head",
         "middleware": "ASGI middleware (module.Class, or an async function of request and call_next); may be repeated",
         "disable_fastapi_docs": "no /docs, /redoc, /openapi.json",
+        "disable_inspector": "no /inspector",
     },
     "protection": {
         "api_key": "one or more keys, of which a client must send one; also VLLM_API_KEY",

@@ -14,6 +14,7 @@ from nanovllm.entrypoints.serve import (
     chat_completions,
     completions,
     embeddings,
+    inspector,
     messages,
     models,
     responses,
@@ -62,6 +63,8 @@ def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
     context = app.state.context = ServeContext(engine, args)
     for router in ROUTERS:
         app.include_router(router)
+    if not args.disable_inspector:
+        app.include_router(inspector.router)
     add_metrics(app, engine, context.model_names[0])
     add_handlers(app)
     _add_middleware(app, args)

@@ -38,6 +38,7 @@ class ServeArgs:
     enable_log_requests: bool = False
     max_log_len: int | None = None
     disable_fastapi_docs: bool = False
+    disable_inspector: bool = False
     disable_uvicorn_access_log: bool = False
     uvicorn_log_level: str = "info"
     allowed_origins: list[str] = field(default_factory=list)

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanovllm.entrypoints.serve import inspector
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import ServeError, as_serve_error
 
 # Open without a key: they neither run the model nor tell of its users.
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/load", "/docs", "/redoc", "/openapi.json"})
+OPEN_PATHS = inspector.OPEN_PATHS | {
+    "/health", "/ping", "/version", "/metrics", "/load", "/docs", "/redoc", "/openapi.json"
+}  # fmt: skip
 
 
 class CatchFaults:

@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
         else:
             logger.info("Shutting down: requests under way have %g s to end.", self._context.args.shutdown_timeout)
         self._context.draining = self.should_exit = True
+        self._engine.viewers.close()  # their streams have no end of their own
         self._wake.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
