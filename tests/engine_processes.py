@@ -12,6 +12,7 @@ from fake_executor import engine_config
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.child_core import ChildCore
+from nanovllm.engine.spawn import spawn
 
 LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
 SHORT = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -21,7 +22,7 @@ SHORT = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 def engine(main: str = "fake", max_restarts: int = 0, **options: Any) -> Iterator[AsyncLLM]:
     """An engine whose process runs a function of `child_mains`."""
     config = engine_config(**options)
-    made = AsyncLLM(config, process=ChildCore(config, f"child_mains:{main}"), max_restarts=max_restarts)
+    made = AsyncLLM(config, process=spawn(config, f"child_mains:{main}"), max_restarts=max_restarts)
     try:
         yield made
     finally:

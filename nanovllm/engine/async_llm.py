@@ -24,6 +24,7 @@ from nanovllm.engine.family import child_ids
 from nanovllm.engine.input import EngineInput
 from nanovllm.engine.inspection import LOST, Viewers
 from nanovllm.engine.messages import Add, Command, Died, Finish, Inspect, Message, Ready, ResetPrefixCache, Update, View
+from nanovllm.engine.spawn import EngineProcess, spawn
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
 from nanovllm.engine.stream import Stream
 from nanovllm.engine.thread_core import Listener, ThreadCore
@@ -72,13 +73,13 @@ class AsyncLLM(EngineFace):
         config: EngineConfig,
         executor: Executor | None = None,
         *,
-        process: ChildCore | None = None,
+        process: EngineProcess | None = None,
         max_restarts: int = 0,
     ) -> None:
         """
         Args:
             executor: where the model runs; None makes the one the configuration asks for.
-            process: an engine process that was started with this configuration, instead of a thread.
+            process: what `spawn` has started with this configuration, instead of a thread.
             max_restarts: how often in ten minutes a process that has died is replaced.
         """
         self._core: RunningCore
@@ -86,7 +87,7 @@ class AsyncLLM(EngineFace):
             config, core = make_core(config, executor)
             self._core = ThreadCore(core, config.model.max_model_len)
         else:
-            self._core = process
+            self._core = ChildCore(process)
         super().__init__(config, core.executor if process is None else None)
         self.num_blocks = core.executor.num_blocks if process is None else 0
         self._ready = self._was_ready = process is None
@@ -106,23 +107,23 @@ class AsyncLLM(EngineFace):
         self._log_timer: asyncio.TimerHandle | None = None
 
     @classmethod
-    def launch(cls, args: EngineArgs, *, max_restarts: int = 0) -> AsyncLLM:
+    def launch(cls, args: EngineArgs | EngineProcess, *, max_restarts: int = 0) -> AsyncLLM:
         """Start the engine in a process of its own; this one needs no torch.
 
         Returns while the model is being loaded there; `ready` waits for it, and so does `generate`.
 
         Args:
+            args: or what `spawn` has started, before this module was imported.
             max_restarts: how often in ten minutes a process that has died is replaced by a new one.
 
         Raises:
             ParameterError, ModelError: the arguments cannot be honoured, or the tokenizer cannot be loaded.
         """
-        config = args.build()
-        process = ChildCore(config)
+        process = args if isinstance(args, EngineProcess) else spawn(args.build())
         try:
-            return cls(config, process=process, max_restarts=max_restarts)
+            return cls(process.config, process=process, max_restarts=max_restarts)
         except BaseException:
-            process.stop()
+            ChildCore(process).stop()
             raise
 
     # -- for users -----------------------------------------------------------------------------------------------

@@ -1,21 +1,18 @@
-"""A core in a process of its own, seen from outside: starts it, talks to it, tells how it ended. No torch."""
+"""A core in a process of its own, seen from outside: talks to it, and tells how it ended. No torch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
-import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from nanovllm.config import EngineConfig
-from nanovllm.engine.channel import Channel, ChannelClosed
-from nanovllm.engine.core_process import opening
+from nanovllm.engine.channel import ChannelClosed
 from nanovllm.engine.messages import Command, Died, Message, Ready
+from nanovllm.engine.spawn import EngineProcess
 from nanovllm.engine.wire import decode_message, encode_command
 from nanovllm.errors import EngineDeadError, ModelError, ParameterError
 
@@ -23,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 Listener = Callable[[Message], None]
 
-MAIN = "nanovllm.engine.core_process:main"
 PATIENCE = 2.0  # seconds a process has to end by itself
 
 
@@ -35,31 +31,16 @@ class ChildCore:
         error: why it has stopped by itself, if it has.
     """
 
-    def __init__(self, config: EngineConfig, main: str = MAIN) -> None:
-        """Start the process; a `Ready` tells when the model is loaded, a `Died` that it cannot be.
-
-        Args:
-            main: module and function that run in it.
-        """
+    def __init__(self, started: EngineProcess) -> None:
+        """A `Ready` tells when its model is loaded, a `Died` that it cannot be."""
         self.error: BaseException | None = None
-        self._config, self._main = config, main
+        self._started = started
+        self._process, self._channel = started.process, started.channel
         self._ready = False
         self._last_words: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener: Listener | None = None
         self._stopped = False
-        ours, theirs = socket.socketpair()
-        module, function = main.split(":")
-        # The module path is ours, and nothing of the current folder can get before it. A session of its own keeps the
-        # terminal's Ctrl-C away: this process ends its work first.
-        code = f"import sys; sys.path[:] = sys.argv[2:]; from {module} import {function} as main; main()"
-        command = [sys.executable, "-c", code, str(theirs.fileno()), *sys.path]
-        with theirs:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-            )
-        self._channel = Channel(ours)
-        self._channel.send(opening(config))
 
     @property
     def pid(self) -> int:
@@ -71,8 +52,8 @@ class ChildCore:
         return not self._stopped and self.error is None and self._process.poll() is None
 
     def again(self) -> ChildCore:
-        """Another process like this one."""
-        return ChildCore(self._config, self._main)
+        """Another process like this one. Raises OSError if there can be none."""
+        return ChildCore(self._started.again())
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> None:
         """Deliver all messages from now on by calling ``listener`` on ``loop``."""

@@ -26,7 +26,7 @@ from nanovllm.engine.engine_loop import EngineLoop
 from nanovllm.engine.face import make_core
 from nanovllm.engine.garbage import collect_rarely
 from nanovllm.engine.messages import Command, Died, Message, Ready
-from nanovllm.engine.plain import from_plain, to_plain
+from nanovllm.engine.plain import from_plain
 from nanovllm.engine.wire import decode_command, encode_message
 from nanovllm.errors import ModelError, ParameterError
 
@@ -96,7 +96,7 @@ def run(connection: socket.socket, make_core: MakeCore) -> int:
     """Be an engine for whoever holds the other end.
 
     Args:
-        connection: its first frame is `opening`'s.
+        connection: its first frame is that of `spawn`.
         make_core: loads the model.
 
     Returns:
@@ -124,12 +124,6 @@ def run(connection: socket.socket, make_core: MakeCore) -> int:
             inbox.deliver(Died(error))
             inbox.flush(LAST_WORDS)
         return 1
-
-
-def opening(config: EngineConfig) -> bytes:
-    """The first frame an engine process gets."""
-    level = logging.getLevelName(logging.getLogger("nanovllm").getEffectiveLevel())
-    return json.dumps({"config": to_plain(config), "log_level": level}).encode()
 
 
 def main() -> None:

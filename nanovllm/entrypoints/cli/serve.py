@@ -40,11 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _serve(engine_args: EngineArgs, args: ServeArgs) -> int:
-    from nanovllm.engine.async_llm import AsyncLLM
+    from nanovllm.engine.spawn import spawn
 
     with bind(args) as listener:
-        # The engine's process loads the model while this one loads the web framework.
-        engine = AsyncLLM.launch(engine_args, max_restarts=args.max_engine_restarts)
+        # The engine's process loads the model while this one imports the rest of itself.
+        process = spawn(engine_args.build())
+        from nanovllm.engine.async_llm import AsyncLLM
+
+        engine = AsyncLLM.launch(process, max_restarts=args.max_engine_restarts)
         try:
             from nanovllm.entrypoints.serve.app import build_app
             from nanovllm.entrypoints.serve.server import serve
