@@ -231,6 +231,12 @@ def test_a_beam_search_finds_at_least_what_greedy_search_finds(server: Served):
     assert scores[0] / lengths[0] >= greedy_score / (len(greedy["logprobs"]["tokens"]) + 3) - 1e-4
 
 
+def test_the_length_penalty_of_a_beam_search_may_be_any_number(server: Served):
+    body = {"prompt": "The capital of", "n": 2, "max_tokens": 6, "use_beam_search": True}
+    for penalty in (-1e308, -2.0, 0.0, 2.0, 1e308):
+        assert len(server.ask(PATH, {**body, "length_penalty": penalty})["choices"]) == 2
+
+
 def test_defaults_are_those_of_the_generation_config_then_openai(server: Served):
     short = server.ask(PATH, {"prompt": "Count to one hundred: 1, 2, 3,", "ignore_eos": True})
     assert short["usage"]["completion_tokens"] == 16  # OpenAI's

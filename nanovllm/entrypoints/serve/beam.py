@@ -6,6 +6,7 @@ A hypothesis is a prompt of its own; the prefix cache saves computing what they 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,8 +60,10 @@ async def _search(
     alive, done = [_Hypothesis(prompt_ids)], []
 
     def score(found: _Hypothesis) -> float:
+        """Ranks as ``total / length ** length_penalty`` does, whatever the penalty: by the logarithm of its size."""
         length = len(found.tokens) - (found.ended == "stop")
-        return found.total / length**request.length_penalty
+        size = math.log(-found.total) if found.total < 0 else -math.inf
+        return request.length_penalty * math.log(length) - size
 
     for _ in range(max_tokens):
         streams = []

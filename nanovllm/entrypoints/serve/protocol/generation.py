@@ -110,7 +110,7 @@ class GenerationRequest(BaseModel):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     use_beam_search: bool = False
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
