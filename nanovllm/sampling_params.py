@@ -321,6 +321,8 @@ class SamplingParams:
         penalty = self.repetition_penalty
         _require(math.isfinite(penalty), "repetition_penalty", penalty, "a finite number")
         _require(penalty > 0.0, "repetition_penalty", penalty, "greater than zero")
+        # Beyond these, a logit divided or multiplied by it may leave float32.
+        _require(1e-6 <= penalty <= 1e6, "repetition_penalty", penalty, "between 1e-6 and 1e6")
         _require(math.isfinite(self.temperature), "temperature", self.temperature, "a finite number")
         _require(self.temperature >= 0.0, "temperature", self.temperature, "non-negative")
         _require(self.temperature <= 2.0, "temperature", self.temperature, "in [0, 2]")

@@ -72,6 +72,7 @@ def test_defaults():
         ({"frequency_penalty": -2.1}, "frequency_penalty must be in [-2, 2], got -2.1."),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be greater than zero, got 0.0."),
         ({"repetition_penalty": math.inf}, "repetition_penalty must be a finite number, got inf."),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty must be between 1e-6 and 1e6, got 1e-320."),
         ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0."),
         ({"top_p": 1.1}, "top_p must be in (0, 1], got 1.1."),
         ({"top_k": -2}, "top_k must be 0 (disable), or at least 1, got -2."),
