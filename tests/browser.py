@@ -93,6 +93,12 @@ class Page:
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))
 
+    def close(self) -> None:
+        """End the browser."""
+        self._session = None
+        with contextlib.suppress(OSError, AssertionError):
+            self._ask("Browser.close")
+
     def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         number, message = self._number, {"id": self._number, "method": method, "params": parameters}
@@ -144,9 +150,11 @@ def browser() -> Iterator[Page]:
         os.close(commands_out)
         os.close(answers_in)
         try:
-            yield Page(commands_in, answers_out)
+            page = Page(commands_in, answers_out)
+            yield page
+            page.close()
         finally:
-            os.close(commands_in)  # the browser ends by itself
+            os.close(commands_in)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             process.kill()

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
+import httpx
 import pytest
+from browser import Page, browser
 from engine_processes import LONG, collect, engine, quiet, streams_in_flight
-from fake_executor import FakeExecutor, engine_config, make_request
+from fake_executor import FakeExecutor, FakeHandle, engine_config, make_request
+from serving import served
 
+from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.engine.core import EngineCore
 from nanovllm.engine.inspection import MOST_UNREAD, Viewers, _head
 from nanovllm.engine.invariants import InvariantChecker
+from nanovllm.engine.plan import StepPlan
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.thread_core import ThreadCore
+from nanovllm.entrypoints.serve.app import build_app
+from nanovllm.entrypoints.serve.args import ServeArgs
+from nanovllm.entrypoints.serve.inspector import FILES, FOLDER, PAGE
 
 Json = dict[str, Any]
 
@@ -206,3 +221,261 @@ def test_the_engine_process_is_watched_only_while_somebody_does():
             assert len(shown) <= 1  # one may have been under way
 
     asyncio.run(watch())
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+class Witness(FakeExecutor):
+    """Remembers what the scheduler held when each step began."""
+
+    scheduler: Scheduler
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seen: dict[int, Json] = {}
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        scheduler = self.scheduler
+        blocks, tables = truth(scheduler)
+        computed = {name: 0 for name in tables}
+        for request in scheduler.running:
+            computed[str(request.key[1]) + (f".{request.key[2]}" if request.key[2] else "")] = request.num_computed
+        self.seen[plan.step] = {
+            "blocks": [list(each) for each in blocks],
+            "tables": tables,
+            "running": len(scheduler.running),
+            "waiting": scheduler.num_waiting,
+            "tokens": plan.num_tokens,
+            "free": scheduler.kv.pool.num_free,
+            "computed": computed,
+        }
+        return super().submit(plan)
+
+
+class Site:
+    """A server in this process, over an executor that computes nothing, so that its scheduler can be looked into."""
+
+    def __init__(self, url: str, llm: AsyncLLM, loop: asyncio.AbstractEventLoop, witness: Witness) -> None:
+        self.url, self.llm, self.witness, self._loop = url, llm, witness, loop
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    async def load(self, count: int, seed: int) -> None:
+        """Requests that share beginnings, fork, and are more than the cache and the batch can take at once."""
+        draw = random.Random(seed)
+
+        async def ask(number: int) -> None:
+            await asyncio.sleep(draw.random() * 0.3)
+            prompt = [7] * 12 + [draw.randint(3, 90) for _ in range(draw.randint(1, 30))]
+            params = SamplingParams(max_tokens=draw.randint(10, 50), ignore_eos=True, n=1 + (number % 5 == 0))
+            async for _ in self.llm.generate(prompt, params, f"{seed} {number}"):
+                pass
+
+        await asyncio.gather(*(ask(number) for number in range(count)))
+
+
+@contextlib.contextmanager
+def site(**settings: Any) -> Iterator[Site]:
+    import uvicorn
+
+    witness = Witness(num_blocks=60, seconds=0.005)
+    llm = AsyncLLM(engine_config(max_num_batched_tokens=32), witness)
+    assert isinstance(llm._core, ThreadCore)
+    witness.scheduler = llm._core.core.scheduler
+    app = build_app(llm, ServeArgs(served_model_name=["fake"], **settings))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
+    loops: list[asyncio.AbstractEventLoop] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        async def main() -> None:
+            loops.append(asyncio.get_running_loop())
+            await llm.ready()
+            await server.serve([listener])
+
+        thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield Site(f"http://127.0.0.1:{listener.getsockname()[1]}", llm, loops[0], witness)
+        finally:
+            loops[0].call_soon_threadsafe(llm.viewers.close)
+            server.should_exit = True
+            thread.join(20)
+            llm.shutdown()
+
+
+@contextlib.contextmanager
+def watching(where: Site) -> Iterator[Page]:
+    with browser() as page:
+        page.open(f"{where.url}/inspector")
+        page.wait("inspector.link === 'live'")
+        yield page
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def test_the_page_shows_what_the_scheduler_held_at_every_step():
+    with site() as where, watching(where) as page:
+        where.run(where.load(20, seed=1))
+        last = max(where.witness.seen)
+        page.wait(f"inspector.state().step === {last} && inspector.state().totals.owned === 0")
+        places = page.evaluate("inspector.place")
+        compared = shared = 0
+        first, count = places["from"] + 1, places["to"] - places["from"] - 1  # the last shows what its end has freed
+        states = page.evaluate(f"Array.from({{ length: {count} }}, (_, index) => inspector.state({first} + index))")
+        for shown in states:
+            seen = where.witness.seen[shown["step"]]
+            assert shown["blocks"] == seen["blocks"], shown["step"]
+            assert shown["tables"] == seen["tables"] and shown["computed"] == seen["computed"]
+            assert (shown["running"], shown["waiting"]) == (seen["running"], seen["waiting"])
+            assert len(shown["decodes"]) + sum(chunk[2] for chunk in shown["chunks"]) == seen["tokens"]
+            compared += 1
+            shared += shown["totals"]["shared"] > 0
+        assert compared > 60 and shared > 10 and where.witness.scheduler.num_preemptions > 0
+        middle = next(step for step, seen in where.witness.seen.items() if seen["waiting"] and step > last // 3)
+        seen = where.witness.seen[middle]
+        back = first + next(index for index, shown in enumerate(states) if shown["step"] == middle)
+        page.evaluate(f"inspector.go({back})")
+        page.wait(f"document.querySelector('#step').textContent === '{middle}'")
+        assert number(page.text("#owned")) == 59 - seen["free"]
+        assert number(page.text("#shared")) == sum(refs > 1 for refs, _ in seen["blocks"])
+        assert number(page.text("#cached")) == sum(not refs and cached for refs, cached in seen["blocks"])
+        free = sum(not refs and not cached for refs, cached in seen["blocks"][1:])
+        assert number(page.text("#free")) == free
+        assert (number(page.text("#running")), number(page.text("#waiting"))) == (seen["running"], seen["waiting"])
+        assert page.evaluate("document.querySelectorAll('#requests li').length") == len(seen["tables"])
+        assert page.text("#usage") == f"{100 * (59 - seen['free']) / 59:.1f} %"
+        _blocks_are_painted(page, seen)
+        assert page.errors == [] and all(url.startswith(where.url) for url in page.urls)
+
+
+def _blocks_are_painted(page: Page, seen: Json) -> None:
+    """Blocks that are nobody's have one colour, those of requests have others."""
+    script = """(block) => {
+        const { x, y, size } = inspector.cell(block), scale = devicePixelRatio;
+        const canvas = document.querySelector('#blocks').getContext('2d');
+        return [...canvas.getImageData((x + 2) * scale, (y + 3) * scale, 1, 1).data].join();
+    }"""
+    colours = [page.evaluate(f"({script})({block})") for block in range(len(seen["blocks"]))]
+    unused = {colours[block] for block, state in enumerate(seen["blocks"]) if block and state == [0, 0]}
+    cached = {colours[block] for block, state in enumerate(seen["blocks"]) if state == [0, 1]}
+    owned = {colours[block] for block, state in enumerate(seen["blocks"]) if state[0]}
+    assert len(unused) <= 1 and len(cached) <= 1 and len(owned) > 3
+    assert not unused & owned and not cached & owned and not unused & cached
+
+
+def test_one_can_stop_step_replay_and_follow_again():
+    with site() as where, watching(where) as page:
+        where.run(where.load(6, seed=2))
+        page.wait("inspector.place.to > 30 && inspector.state().totals.owned === 0")
+        page.press("Home")
+        assert page.wait("inspector.place.live === false") and page.evaluate("inspector.place.at") == 0
+        for _ in range(3):
+            page.press("ArrowRight")
+        page.press("ArrowLeft")
+        assert page.evaluate("inspector.place.at") == 2
+        shown = page.evaluate("inspector.state()")
+        where.run(where.load(3, seed=3))
+        page.wait("inspector.place.to > 40")
+        assert page.evaluate("inspector.state()") == shown and page.text("#live") == "Live"
+        page.click("#play")
+        page.wait("inspector.place.at > 4")
+        page.click("#play")
+        page.press("End")
+        assert page.evaluate("inspector.place.live") is True
+        assert page.errors == []
+
+
+def test_the_page_speaks_two_languages_and_has_two_themes():
+    with site() as where, watching(where) as page:
+        page.wait("document.querySelector('#blocks').width > 300")
+        english = page.text("#blocks-panel h2")
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.click("#language")
+        assert page.text("#blocks-panel h2") != english and "缓存" in page.text("#blocks-panel h2")
+        assert page.evaluate("document.documentElement.lang") == "zh"
+        page.click("#theme")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        words = "import(location.origin + '/inspector/words.js').then((m) => %s)"
+        assert page.evaluate(words % "Object.keys(m.languages.en).join() === Object.keys(m.languages.zh).join()")
+        used = "[...document.querySelectorAll('[data-word]')].map((e) => e.dataset.word)"
+        assert page.evaluate(words % f"{used}.filter((name) => typeof m.languages.en[name] !== 'string')") == []
+        assert page.errors == []
+
+
+def test_the_page_asks_for_the_key():
+    with site(api_key=["secret"]) as where, browser() as page:
+        page.open(f"{where.url}/inspector")
+        page.wait("inspector.link === 'key' && !document.querySelector('#key').hidden")
+        page.evaluate("document.querySelector('#key-value').value = 'secret'")
+        page.click("#key button")
+        page.wait("inspector.link === 'live' && inspector.state().blocks.length === 60")
+        assert page.evaluate("document.querySelector('#key').hidden") is True
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_open_and_loads_nothing_from_elsewhere():
+    with site(api_key=["secret"]) as where:
+        answer = httpx.get(f"{where.url}/inspector")
+        assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
+        for name in FILES:
+            assert httpx.get(f"{where.url}/inspector/{name}").status_code == 200
+        for path in ("inspector/events", "inspector/../config.py", "inspector/%2e%2e/%2e%2e/config.py"):
+            assert httpx.get(f"{where.url}/{path}").status_code in (401, 404)
+        headers = {"Authorization": "Bearer secret"}
+        assert httpx.get(f"{where.url}/inspector/none.js", headers=headers).status_code == 404
+    assert {file.name for file in FOLDER.iterdir()} == {PAGE, *FILES}
+    for file in FOLDER.iterdir():
+        text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert "http:" not in text and "https:" not in text, file.name
+
+
+def test_it_can_be_left_out():
+    with site(disable_inspector=True) as where:
+        for path in ("inspector", "inspector/events", "inspector/main.js"):
+            assert httpx.get(f"{where.url}/{path}").status_code == 404
+
+
+def test_a_viewer_who_leaves_is_not_shown_anything_more():
+    with site() as where:
+        with httpx.stream("GET", f"{where.url}/inspector/events") as answer:
+            first = next(answer.iter_lines())
+            assert first.startswith('data: {"records":[') and answer.headers["content-type"].startswith("text/event-")
+            assert len(where.llm.viewers) == 1
+        deadline = time.monotonic() + 20
+        while len(where.llm.viewers) or where.witness.scheduler.kv.pool.changed is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_viewer_does_not_keep_the_server_from_ending():
+    """And the page of a real server counts as its metrics do."""
+    with served("--num-gpu-blocks-override", "200") as server:
+        mirror, asked, hit = Mirror(), 0, 0
+        with httpx.stream("GET", f"{server.url}/inspector/events", timeout=60) as answer:
+            lines = answer.iter_lines()
+            for turn in range(2):
+                server.ask("/v1/completions", {"prompt": "The same words, again and again. " * 8, "max_tokens": 40})
+                while turn == 0 and not any("starts" in each for each in mirror.records):
+                    line = next(lines)
+                    mirror.take(line.removeprefix("data: ").encode() if line.startswith("data") else b"{}")
+            server.wait_until_idle()
+            metrics = server.client.get("/metrics").text
+            assert server.stop(signal.SIGTERM, 10.0) == 0
+            for line in lines:
+                mirror.take(line.removeprefix("data: ").encode() if line.startswith("data") else b"{}")
+    for record in mirror.records:
+        asked += sum(start["prompt"] for start in record.get("starts", ()))
+        hit += sum(start["cached"] for start in record.get("starts", ()))
+    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("vllm:prefix_cache_"))
+    totals = {name.partition("{")[0]: float(value) for name, value in values.items()}
+    assert totals["vllm:prefix_cache_queries_total"] == asked > 0
+    assert totals["vllm:prefix_cache_hits_total"] == hit > 0
+    assert mirror.tables == {} and len(mirror.blocks) == 200

@@ -174,17 +174,18 @@ export class Timeline {
     const queue = Math.max(1, ...entries.map(({ bar }) => bar.waiting));
     const [decode, chunk, wait, text, soft, line] = ["decode", "chunk", "wait", "ink", "soft", "line"].map(ink);
     const floor = height - 14;
-    const tall = (tokens) => (tokens / most) * (floor - 12);
+    const tall = (tokens) => Math.sqrt(tokens / most) * (floor - 12);
     context.fillStyle = line;
     context.fillRect(0, floor, width, 1);
     context.font = "10px system-ui";
     context.textAlign = "left";
     entries.forEach(({ bar }, index) => {
       const x = index * BAR;
+      const whole = tall(bar.decode + bar.chunk);
+      context.fillStyle = chunk;
+      context.fillRect(x, floor - whole, BAR - 1, whole);
       context.fillStyle = decode;
       context.fillRect(x, floor - tall(bar.decode), BAR - 1, tall(bar.decode));
-      context.fillStyle = chunk;
-      context.fillRect(x, floor - tall(bar.decode + bar.chunk), BAR - 1, tall(bar.chunk));
       if (bar.gone.some(([, why]) => why === "preempted")) {
         context.fillStyle = wait;
         context.fillRect(x, floor + 2, BAR - 1, 3);

@@ -18,6 +18,7 @@ let selected = null; // the name of a request that was chosen
 let language = localStorage.getItem("nanovllm.language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
 let heard = 0; // when the last frame came
 let drawn = false; // nothing has changed since
+let slept = false; // when it was drawn
 let played = 0;
 let pointer = null; // where tips are shown
 let link = "lost";
@@ -56,8 +57,9 @@ function draw(now) {
     else setPlace(here() + 1, true);
   }
   const idle = now - heard > IDLE;
-  if ((drawn && idle === !element("idle").hidden) || history.latest === null) return;
+  if ((drawn && idle === slept) || history.latest === null) return;
   drawn = true;
+  slept = idle;
   const at = here();
   const state = history.at(at);
   const shown = state.requests.has(selected) ? selected : state.requests.keys().next().value;
@@ -71,9 +73,9 @@ function draw(now) {
   timeline.draw(history, at);
   element("timeline").setAttribute("aria-valuenow", String(state.step ?? 0));
   element("where").textContent = words().where(state.step, history.to - at);
-  element("idle").hidden = !idle || state.requests.size > 0;
+  element("idle").hidden = link !== "live" || !idle || history.latest.requests.size > 0;
   element("live").setAttribute("aria-pressed", String(place === null));
-  element("play").textContent = place === null || playing ? "⏸" : "⏵";
+  element("play").classList.toggle("held", place !== null && !playing);
   if (pointer) tip();
 }
 

@@ -6,11 +6,11 @@ const english = {
   title: "Inspector",
   key: "This server wants a key:",
   connect: "Connect",
-  generated: "tokens generated per second",
-  computed: "prompt tokens computed per second",
+  generated: "tokens generated / s",
+  computed: "prompt tokens computed / s",
   running: "requests running",
   waiting: "requests waiting",
-  hits: "of prompt tokens found in the cache",
+  hits: "of prompt tokens cached",
   usage: "of blocks owned",
   blocks: "KV cache",
   blocksHint:
@@ -21,16 +21,16 @@ const english = {
   cached: "cached: free, but a prompt that begins the same finds it",
   free: "free",
   written: "written in this step",
-  idle: "The engine sleeps. Send it a request and watch.",
+  idle: "The engine sleeps: send it a request and watch.",
   step: "Step",
-  stepHint: "One pass through the model. Its budget of tokens goes to decodes first, then to prompts, in chunks.",
+  stepHint: "One pass through the model: decodes first, then chunks of prompts.",
   chunks: "Chunks of prompts",
   decodes: "Decodes: one token each",
   queue: "Queue",
   table: "Block table",
-  tableHint: "Positions of the tokens, and the block they lie in. Choose a request here or in the cache.",
+  tableHint: "Which block holds which positions. Click a request or a block.",
   requests: "Requests that hold blocks",
-  requestsHint: "Grey: found in the cache. Light: prompt computed. Full: generated. The bar's end is the longest it may get.",
+  requestsHint: "Grey: cached. Light: prompt. Full: generated. The end: its limit.",
   noRequest: "no request",
   live: "Live",
   first: "To the oldest step (Home)",
@@ -40,7 +40,7 @@ const english = {
   liveTitle: "Follow the engine (End)",
   speed: "Steps per second of a replay",
   timeline: "Steps",
-  decodeTokens: "decodes",
+  decodeTokens: "decodes (heights grow with the square root)",
   chunkTokens: "prompt tokens",
   decode: "decode",
   prefill: "prefill",
@@ -58,8 +58,7 @@ const english = {
   more: (count) => (count > 0 ? `${count.toLocaleString("en")} more blocks, never used yet` : ""),
   where: (step, behind) => `step ${step ?? "–"}${behind ? `, ${behind} behind` : ""}`,
   facts: (each, out) =>
-    `prompt ${each.prompt} (${each.cached} from the cache), generated ${out}, computed ${each.computed}, at most ` +
-    `${each.limit} tokens; ${each.table.length} blocks` +
+    `prompt ${each.prompt} (${each.cached} cached) + generated ${out}, at most ${each.limit} tokens` +
     (each.preemptions ? `; preempted ${each.preemptions}×` : "") +
     (each.priority ? `; priority ${each.priority}` : ""),
   cell: (block, refs, cached) =>
@@ -103,9 +102,9 @@ const chinese = {
   decodes: "解码：每个请求一个 token",
   queue: "队列",
   table: "块表",
-  tableHint: "token 的位置，以及它们所在的块。可在此处或缓存图中选择请求。",
+  tableHint: "各位置的 token 在哪个块中。点击请求或块来选择。",
   requests: "持有块的请求",
-  requestsHint: "灰色：命中缓存。浅色：已计算的提示。深色：已生成。条的末端是其最大长度。",
+  requestsHint: "灰色：缓存命中。浅色：提示。深色：已生成。末端：上限。",
   noRequest: "没有请求",
   live: "实时",
   first: "到最早的步骤（Home）",
@@ -115,7 +114,7 @@ const chinese = {
   liveTitle: "跟随引擎（End）",
   speed: "回放时每秒的步数",
   timeline: "步骤",
-  decodeTokens: "解码",
+  decodeTokens: "解码（高度按平方根）",
   chunkTokens: "提示 token",
   decode: "解码",
   prefill: "预填充",
@@ -133,8 +132,7 @@ const chinese = {
   more: (count) => (count > 0 ? `另有 ${count.toLocaleString("zh")} 个块从未使用` : ""),
   where: (step, behind) => `第 ${step ?? "–"} 步${behind ? `，落后 ${behind} 步` : ""}`,
   facts: (each, out) =>
-    `提示 ${each.prompt}（缓存命中 ${each.cached}），已生成 ${out}，已计算 ${each.computed}，最多 ${each.limit} 个 token；` +
-    `${each.table.length} 块` +
+    `提示 ${each.prompt}（缓存命中 ${each.cached}）+ 已生成 ${out}，最多 ${each.limit} 个 token` +
     (each.preemptions ? `；被抢占 ${each.preemptions} 次` : "") +
     (each.priority ? `；优先级 ${each.priority}` : ""),
   cell: (block, refs, cached) =>

@@ -29,6 +29,7 @@ FILES = {
     "panels.js": "text/javascript",
     "canvas.js": "text/javascript",
     "words.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
 OPEN_PATHS = frozenset({"/inspector", *(f"/inspector/{name}" for name in FILES)})
 MOST_VIEWERS = 16
