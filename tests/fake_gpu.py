@@ -31,6 +31,9 @@ class FakeGpu(CpuPlatform):
 
     overlap = True
 
+    def check_cache_dtype(self, name: str) -> None:
+        """It has them all."""
+
 
 def fake_operators(device: str, attention_backend: str | None = None, quantization: str | None = None) -> Operators:
     """The operators of a GPU, as ``operator_table`` gives them."""

@@ -194,6 +194,14 @@ def generate(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def test_keys_and_values_of_eight_bits(engine: Callable[..., LLM]) -> None:
+    llm = engine(kv_cache_dtype="fp8")
+    executor: Any = llm.llm_engine.core.executor
+    assert {cache.dtype for pair in executor._runner.kv_caches for cache in pair} == {torch.float8_e4m3fn}
+    assert executor.kv_bytes_per_block * 4 == 2 * 1 * BLOCK * 2 * 10 * 4  # a quarter of float32
+    assert generate(llm) == generate(engine(kv_cache_dtype="fp8", enforce_eager=True))
+
+
 def test_the_engine_gives_the_tokens_of_a_cpu(
     checkpoint: Path, engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,15 @@ def test_bfloat16_by_name_is_refused_where_there_is_none() -> None:
     assert caught.value.parameter == "dtype"
 
 
+def test_eight_bit_keys_are_refused_where_there_are_none() -> None:
+    CudaPlatform(HOPPER).check_cache_dtype("fp8")
+    CudaPlatform(TURING).check_cache_dtype("auto")
+    for platform in (CudaPlatform(TURING), get_platform("cpu")):
+        with pytest.raises(ParameterError, match="use 'auto'") as caught:
+            platform.check_cache_dtype("fp8")
+        assert (caught.value.parameter, caught.value.value) == ("kv_cache_dtype", "fp8")
+
+
 @pytest.mark.parametrize(
     ("free", "allocated", "reserved", "utilization", "budget"),
     [

@@ -135,6 +135,7 @@ class Decoder:
         self.spec = spec
         self.ops = context.ops
         self.dtype = context.dtype
+        self.kv_dtype = context.dtype  # of keys and values; a runner may choose another before it makes the cache
         self.num_layers = len(spec.windows)
         self.num_kv_heads = heads.num_kv_heads  # of this rank
         self.head_dim = spec.head_dim

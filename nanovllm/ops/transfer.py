@@ -30,11 +30,11 @@ class HostCopy:
 
     def __init__(self, tensor: Tensor) -> None:
         self._host = tensor
-        self._done: torch.Event | None = None
+        self._done: Any = None  # an event of the device
         if tensor.device.type != "cpu":
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._done = torch.Event(tensor.device)
+            self._done = torch.get_device_module(tensor.device).Event()
             self._done.record()
 
     def wait(self) -> Tensor:

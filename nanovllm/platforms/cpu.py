@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+from nanovllm.errors import ParameterError
+
 _CGROUP = Path("/sys/fs/cgroup")
 _LOGITS_FOR_SEVERAL_THREADS = 1 << 20
 
@@ -48,6 +50,11 @@ class CpuPlatform:
         if checkpoint_dtype in ("bfloat16", "float16"):
             return "bfloat16" if has_native_bfloat16() else "float32"
         return "float32"
+
+    def check_cache_dtype(self, name: str) -> None:
+        """Raises ParameterError unless the KV cache is in the model's dtype ("auto")."""
+        if name != "auto":
+            raise ParameterError("on a CPU, keys and values have the model's dtype; use 'auto'", "kv_cache_dtype", name)
 
     def available_memory(self) -> int:
         """Bytes this process can still take: the machine's free memory, or the container's if that is less."""

@@ -52,6 +52,16 @@ class CudaPlatform:
             return "float16"
         return "bfloat16"
 
+    def check_cache_dtype(self, name: str) -> None:
+        """Raises ParameterError for 8-bit keys and values ("fp8") on a GPU that cannot convert them."""
+        if name != "auto" and self.gpu.capability < (8, 9):
+            raise ParameterError(
+                f"{self.gpu.name} (compute capability {_dotted(self.gpu)}) has no 8-bit floats, which began with 8.9; "
+                "use 'auto'",
+                "kv_cache_dtype",
+                name,
+            )
+
     def available_memory(self) -> int:
         """Bytes of the GPU that are free, of whatever process gave them back or never took them."""
         import torch

@@ -25,7 +25,7 @@ _RESERVE = 512 * 2**20  # bytes left to the tokenizer, the server and whatever e
 
 def bytes_per_block(model: Decoder, block_size: int) -> int:
     """Bytes of K and V of one block in all layers of this rank."""
-    return 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+    return 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * model.kv_dtype.itemsize
 
 
 def activation_bytes(config: EngineConfig, model: Decoder) -> int:
@@ -89,7 +89,7 @@ def allocate(model: Decoder, num_blocks: int, block_size: int, device: torch.dev
     shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
     caches = []
     for _ in range(model.num_layers):
-        k_cache, v_cache = (torch.empty(shape, dtype=model.dtype, device=device) for _ in range(2))
+        k_cache, v_cache = (torch.empty(shape, dtype=model.kv_dtype, device=device) for _ in range(2))
         for cache in (k_cache, v_cache):
             if device.type == "cpu":
                 advise_huge_pages(cache)

@@ -88,6 +88,8 @@ class ModelRunner:
             parallel=ParallelContext(),
             max_model_len=model.max_model_len,
         )
+        if config.cache.dtype != "auto":
+            self.model.kv_dtype = torch.float8_e4m3fn
         load_weights(self.model, model.path, model.load_format, model.seed)
 
         block_size, max_rows = config.cache.block_size, config.scheduler.max_num_seqs

@@ -117,8 +117,8 @@ class TritonAttention:
     # ---- plans -----------------------------------------------------------------------------------------------------
 
     def capacity(self, rows: int) -> int:
-        """Items that ``rows`` decodes are cut into at most: one each, and enough to fill the GPU twice."""
-        return rows + 2 * self._multiprocessors
+        """Items that ``rows`` decodes are cut into at most: one each, and one per SM for those that are long."""
+        return rows + self._multiprocessors
 
     def plan_size(self, rows: int) -> int:
         """int32 words of the plan of ``rows`` decodes."""
