@@ -206,6 +206,7 @@ class EngineArgs:
         from nanovllm.platforms import get_platform
 
         platform = get_platform(self.device)
+        platform.check_cache_dtype(self.kv_cache_dtype)
         path = resolve_model_path(
             self.model,
             revision=self.revision,
@@ -265,7 +266,13 @@ class EngineArgs:
         _one_of("load_format", self.load_format, ("auto", "safetensors", "dummy"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _one_of("prefix_caching_hash_algo", self.prefix_caching_hash_algo, ("sha256",))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto",))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8", "fp8_e4m3"))
+        if self.kv_cache_dtype != "auto" and self.attention_backend in ("torch_native", "reference"):
+            raise ParameterError(
+                f"attention_backend={self.attention_backend!r} reads keys and values in the model's dtype only",
+                "kv_cache_dtype",
+                self.kv_cache_dtype,
+            )
         _one_of("quantization", self.quantization, (None, "int8", "int4", "w8a8", "fp8"))
         _one_of("distributed_executor_backend", self.distributed_executor_backend, (None, "uni"))
         modes = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
