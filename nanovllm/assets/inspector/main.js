@@ -224,7 +224,7 @@ window.inspector = {
       chunks: state.chunks,
       totals: state.totals(),
       blocks: Array.from(state.refs, (refs, block) => [refs, state.cached[block]]),
-      tables: Object.fromEntries([...state.requests].map(([name, each]) => [name, each.table])),
+      tables: Object.fromEntries([...state.requests].map(([name, each]) => [name, each.table.slice()])),
       computed: Object.fromEntries([...state.requests].map(([name, each]) => [name, each.computed])),
     };
   },
