@@ -146,7 +146,8 @@ class TritonAttention:
         on_device = to_device(packed, meta.block_table.device)
         plan = self.view_plan(on_device[:size], decodes) if decodes else Plan(None, None)
         if query_start[-1] > decodes:
-            plan.long = LongPlan(*on_device[size:].split([rows, rows + 1]), query_start, seq_lens, decodes)
+            all_lens, starts = on_device[size:].split([rows, rows + 1])
+            plan.long = LongPlan(all_lens, starts, query_start, seq_lens, decodes)
         meta.backend = plan
 
     # ---- launches --------------------------------------------------------------------------------------------------

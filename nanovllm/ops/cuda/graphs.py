@@ -41,6 +41,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, work: Work) -> tuple[Callable[[], None], Tensor]:
         """Returns (replay, the tensor that ``work`` returned and every replay fills again); nothing has run by then
@@ -48,11 +49,10 @@ class CudaCapture:
 
         ``work`` runs once before it is recorded: kernels are compiled and chosen then, which cannot be recorded.
         """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
