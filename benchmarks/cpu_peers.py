@@ -35,6 +35,7 @@ from report import RESULTS, print_table, write_results
 from workloads import SHAPES, limits, workloads
 
 HERE = Path(__file__).resolve().parent
+MODELS = Path.home() / ".cache" / "nanovllm-peers"
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=list(workloads()), default=list(workloads()))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefix", default="", help="command before every measured process, as 'taskset -c 0-3'")
-    parser.add_argument(
-        "--models", type=Path, default=Path.home() / ".cache" / "nanovllm-peers", help="kept between runs"
-    )
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of models, kept between runs")
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen3-0.6b", help="tiny only shows that it runs")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter prompts and outputs")
     parser.add_argument("--output", type=Path, default=RESULTS / f"cpu-peers-{time.strftime('%Y-%m-%d')}.json")

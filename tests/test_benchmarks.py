@@ -84,6 +84,25 @@ def test_online(tmp_path: Path):
         assert 0 < figures["mean_ttft_ms"] < figures["mean_e2el_ms"]
 
 
+def test_cpu_context(tmp_path: Path):
+    pytest.importorskip("transformers")
+    options = ["--shape", "tiny", "--lengths", "20", "300", "--tokens", "4", "--models", str(tmp_path)]
+    results = run_benchmark("cpu_context", tmp_path / "out.json", *options)
+    assert [row["length"] for row in results["rows"]] == [20, 300]
+    for row in results["rows"]:
+        assert row["prefill"] > 0 and row["decode"] > 0 and row["prefill_limit"] > 0 and row["decode_limit"] > 0
+    assert results["memory"] == results["weights"] + results["cache"] + results["other"] >= results["memory_ready"] > 0
+    assert results["ready"] > 0
+
+
+def test_quantisation_quality(tmp_path: Path):
+    options = ["--models", "demo", "--questions", "3", "--length", "6"]
+    results = run_benchmark("quantisation_quality", tmp_path / "out.json", *options)["results"]["demo"]
+    assert list(results) == ["bfloat16", "int8", "w8a8", "int4"]
+    assert results["bfloat16"]["top-1 agreement"] == results["bfloat16"]["same answers"] == 1
+    assert results["int8"]["perplexity"] == pytest.approx(results["bfloat16"]["perplexity"], rel=0.05)
+
+
 def test_startup_sees_the_first_byte_before_the_end():
     first, whole = measure([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(0.3)"])
     assert first is not None and 0 < first < whole - 0.2

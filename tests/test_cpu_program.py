@@ -91,7 +91,7 @@ def test_memory_is_used_again_from_layer_to_layer(folder: Path, tmp_path: Path) 
     make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16, num_hidden_layers=6)
     programs = [record(model, caches_of(model, 0)) for model in (load_model(folder), load_model(tmp_path))]
     assert len(programs[1].calls) > 2 * len(programs[0].calls)
-    assert len(programs[1]._memory) == len(programs[0]._memory)
+    assert programs[1].memory_used < 1.5 * programs[0].memory_used
 
 
 @pytest.mark.parametrize(("overrides", "dtype"), [({"hidden_act": "gelu"}, torch.bfloat16), ({}, torch.float16)])

@@ -27,23 +27,44 @@ def test_a_device_without_a_platform_is_named(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "checkpoint", "native", "resolved"),
+    ("asked", "checkpoint", "native", "kernels", "resolved"),
     [
-        ("auto", "bfloat16", True, "bfloat16"),
-        ("auto", "bfloat16", False, "float32"),
-        ("auto", "float16", True, "bfloat16"),
-        ("auto", "float16", False, "float32"),
-        ("auto", "float32", True, "float32"),
-        ("auto", None, True, "float32"),
-        ("bfloat16", "float32", False, "bfloat16"),
-        ("float16", "bfloat16", True, "float16"),
+        ("auto", "bfloat16", True, False, "bfloat16"),
+        ("auto", "bfloat16", False, True, "bfloat16"),
+        ("auto", "bfloat16", False, False, "float32"),
+        ("auto", "float16", True, True, "bfloat16"),
+        ("auto", "float16", False, True, "bfloat16"),
+        ("auto", "float16", False, False, "float32"),
+        ("auto", "float32", True, True, "float32"),
+        ("auto", None, True, True, "float32"),
+        ("bfloat16", "float32", False, False, "bfloat16"),
+        ("float16", "bfloat16", True, True, "float16"),
     ],
 )
 def test_dtype(
-    asked: str, checkpoint: str | None, native: bool, resolved: str, monkeypatch: pytest.MonkeyPatch
+    asked: str,
+    checkpoint: str | None,
+    native: bool,
+    kernels: bool,
+    resolved: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "has_native_bfloat16", lambda: native)
+    monkeypatch.setattr(cpu, "_has_vector_kernels", lambda: kernels)
     assert get_platform("cpu").resolve_dtype(asked, checkpoint) == resolved
+
+
+def test_vector_kernels_count_where_they_are_built_and_the_cpu_has_their_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_KERNELS", tmp_path)
+    assert not cpu._has_vector_kernels()
+    (tmp_path / "kernels_generic.so").touch()
+    assert not cpu._has_vector_kernels()
+    (tmp_path / "kernels_avx2.so").touch()
+    assert cpu._has_vector_kernels() is ("avx2" in Path("/proc/cpuinfo").read_text().split())
+    monkeypatch.setattr(cpu, "_VECTORS", {"avx2": {"an instruction that no CPU has"}})
+    assert not cpu._has_vector_kernels()
 
 
 def test_native_bfloat16_is_what_torch_finds() -> None:

@@ -55,12 +55,15 @@ class OutputHead:
 
     def __init__(self, shard: VocabShard, context: LayerContext) -> None:
         self.shard = shard
+        self.finished = False
         self.ops = context.ops
         self.parallel = context.parallel
 
     def finish(self) -> None:
-        """Bring the weight into the operators' own form, for both of those who share it."""
-        self.shard.weight = self.ops.pack_linear(self.shard.weight)
+        """Bring the weight into the operators' own form, for both of those who share it. Idempotent."""
+        if not self.finished:
+            self.shard.weight = self.ops.pack_linear(self.shard.weight)
+            self.finished = True
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden] -> logits float32 [S, vocab], whole on every rank."""

@@ -159,6 +159,11 @@ class Decoder:
             found |= self.head.shard.slots(names.head)
         return found
 
+    def filled(self, name: str) -> None:
+        """The slot ``name`` has its value. The head, the largest matrix, is packed while little else is in memory."""
+        if name == f"{self.spec.names.embedding if self.spec.tied else self.spec.names.head}.weight":
+            self.head.finish()
+
     def finish(self) -> None:
         """Pack the matrices, once they are loaded, layer by layer."""
         for layer in self.layers:

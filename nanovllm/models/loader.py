@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from nanovllm.layers.weights import Slots, WeightSlot
 from nanovllm.models.decoder import Decoder
 
 _PROGRESS_BYTES = 4 << 30  # a load below this takes a second or two: no progress bar
+_MAPPED_BYTES = 64 << 20  # pages of a mapped file count as the process's memory until it is closed
 _DUMMY_POOL = 1_048_573  # a prime, so that no two rows of a dummy matrix are alike
 
 
@@ -35,7 +36,7 @@ def load_weights(model: Decoder, path: str | Path, load_format: str, seed: int) 
     if load_format == "dummy":
         fill_with_random(model.slots(), seed)
     else:
-        load_safetensors(model.slots(), checkpoint_files(Path(path)), tied_head=_tied_head(model))
+        load_safetensors(model.slots(), checkpoint_files(Path(path)), _tied_head(model), model.filled)
     model.finish()
 
 
@@ -67,8 +68,13 @@ def checkpoint_files(path: Path) -> list[Path]:
     return files
 
 
-def load_safetensors(slots: Slots, files: list[Path], tied_head: str | None = None) -> None:
-    """Fill every slot from ``files``; ``tied_head`` is the name of a tensor that may be there and is not needed."""
+def load_safetensors(
+    slots: Slots, files: list[Path], tied_head: str | None = None, filled: Callable[[str], None] | None = None
+) -> None:
+    """Fill every slot from ``files``, and tell ``filled`` the name of each; ``slots`` is emptied on the way.
+
+    ``tied_head`` is the name of a tensor that may be there and is not needed.
+    """
     missing = set(slots)
     unexpected: list[str] = []
     total = sum(file.stat().st_size for file in files)
@@ -76,14 +82,25 @@ def load_safetensors(slots: Slots, files: list[Path], tied_head: str | None = No
         total=total, desc="Loading weights", unit="B", unit_scale=True, disable=total < _PROGRESS_BYTES
     ) as progress:
         for file in files:
+            wanted: list[tuple[str, str]] = []  # tensor, slot
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     place = name if name in slots else f"model.{name}"  # a decoder saved alone lacks the prefix
                     if place in slots:
-                        progress.update(_copy(tensors, name, slots[place], file))
+                        wanted.append((name, place))
                         missing.discard(place)
                     elif name != tied_head and not name.endswith(".rotary_emb.inv_freq"):
                         unexpected.append(name)
+            wanted.sort(key=lambda pair: slots[pair[1]].target.nbytes)  # the largest is mapped while others are not yet
+            while wanted:
+                with _open(file) as tensors:
+                    read = 0
+                    while wanted and read < _MAPPED_BYTES:
+                        name, place = wanted.pop()
+                        read += _copy(tensors, name, slots.pop(place), file)
+                        if filled is not None:
+                            filled(place)
+                progress.update(read)
     problems = []
     if missing:
         problems.append(f"missing {_some(sorted(missing))}")

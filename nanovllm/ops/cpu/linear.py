@@ -28,7 +28,7 @@ class Quantization:
     Attributes:
         bits: of a weight, 8 or 4.
         group: inputs that share a scale; None: all of them.
-        digits: 8-bit digits an activation is rounded to; with 2 it keeps more than bfloat16 holds. 0: it is not rounded.
+        digits: 8-bit digits an activation is rounded to: two hold more than bfloat16 does. 0: it is not rounded.
     """
 
     bits: int

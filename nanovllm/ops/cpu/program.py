@@ -16,7 +16,7 @@ import ctypes
 import logging
 import math
 import weakref
-from collections import defaultdict
+from bisect import insort
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ from torch.utils._pytree import tree_leaves
 
 from nanovllm.ops.cpu.attention import Step
 from nanovllm.ops.cpu.library import Arguments, Call, Kernel, Library
-from nanovllm.ops.cpu.memory import Arena
+from nanovllm.ops.cpu.memory import advise_huge_pages
 from nanovllm.ops.metadata import AttentionMetadata
 from nanovllm.ops.operators import Forward
 
 logger = logging.getLogger("nanovllm")
+
+_ALIGNMENT = 64  # a cache line
+_TRIAL_TOKENS = 32  # rows of 2 bytes fill a cache line: sizes are proportional to the number of tokens
+_TRIAL_BYTES = 256 << 20  # of addresses
 
 
 class _NotRecordable(Exception):
@@ -38,13 +42,19 @@ class _NotRecordable(Exception):
 
 
 class _Buffers(TorchDispatchMode):
-    """Gives tensors memory that returns for others when they die, and lets nothing else happen but views."""
+    """Gives tensors memory that returns for others when they die, and lets nothing else happen but views.
 
-    def __init__(self) -> None:
+    Attributes:
+        memory: uint8; addresses are reserved generously, and only what is written takes memory.
+        used: bytes of it that some tensor has had.
+    """
+
+    def __init__(self, reserve: int) -> None:
         super().__init__()
-        self._arena = Arena()
-        self.memory: list[Tensor] = []  # all of it
-        self._free: dict[int, list[Tensor]] = defaultdict(list)  # by size
+        self.memory = torch.empty(reserve, dtype=torch.uint8)
+        advise_huge_pages(self.memory)
+        self.used = 0
+        self._taken: list[tuple[int, int]] = []  # intervals, ascending
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -62,13 +72,18 @@ class _Buffers(TorchDispatchMode):
 
     def _empty(self, shape: list[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
-        free = self._free[size]
-        if not free:
-            free.append(self._arena.allocate(size))
-            self.memory.append(free[0])
-        block = free.pop()
-        array = block.numpy()[:]  # dies with the last tensor that shares its memory
-        weakref.finalize(array, free.append, block)
+        start = 0
+        for taken, end in self._taken:  # the first gap that is wide enough
+            if taken - start >= size:
+                break
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        interval = (start, start + size)
+        if interval[1] > self.memory.nbytes:
+            raise _NotRecordable(f"{interval[1]} bytes at once")
+        insort(self._taken, interval)
+        self.used = max(self.used, interval[1])
+        array = self.memory.numpy()[start : start + size]  # dies with the last tensor that shares its memory
+        weakref.finalize(array, self._taken.remove, interval)
         return torch.from_numpy(array).view(dtype).view(shape)
 
 
@@ -77,20 +92,22 @@ class Program:
 
     Attributes:
         calls: the kernels and their arguments, in order.
+        memory_used: bytes of the buffers that a step of the most tokens writes.
     """
 
     def __init__(
         self,
         library: Library,
         calls: list[tuple[Kernel, Arguments]],
-        memory: list[Tensor],
+        buffers: _Buffers,
         inputs: tuple[Tensor, Tensor, Tensor],
         step: Step,
         hidden: Tensor,
     ) -> None:
         self.calls = calls
         self._run = library.run
-        self._memory = memory
+        self._memory = buffers.memory
+        self.memory_used = buffers.used
         self._input_ids, self._positions, self._slots = inputs
         self._step = step
         self._hidden = hidden
@@ -116,26 +133,34 @@ def record(library: Library, forward: Forward, max_tokens: int, block_size: int,
     """Record ``forward`` for up to ``max_tokens`` tokens; None if it consists of more than kernels, or if ``eager``."""
     if eager:
         return None
-    input_ids, positions, slots = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(3))
+    try:
+        # How much memory it takes is proportional to the number of tokens, and found out with a few.
+        trial = _trace(library, forward, _TRIAL_TOKENS, block_size, _TRIAL_BYTES)
+        units = -(-max_tokens // _TRIAL_TOKENS)
+        return _trace(library, forward, units * _TRIAL_TOKENS, block_size, units * trial.memory_used)
+    except _NotRecordable as other:
+        logger.info("This model's steps run call by call: they use %s, which is none of the CPU's kernels.", other)
+        return None
+
+
+def _trace(library: Library, forward: Forward, tokens: int, block_size: int, reserve: int) -> Program:
+    input_ids, positions, slots = (torch.zeros(tokens, dtype=torch.int64) for _ in range(3))
     meta = AttentionMetadata(
-        query_start_loc=[0, max_tokens],
-        seq_lens=[max_tokens],
+        query_start_loc=[0, tokens],
+        seq_lens=[tokens],
         num_decodes=0,
-        max_query_len=max_tokens,
-        max_seq_len=max_tokens,
+        max_query_len=tokens,
+        max_seq_len=tokens,
         block_table=torch.zeros(1, 1, dtype=torch.int32),
         slot_mapping=slots,
         block_size=block_size,
     )
     step = meta.backend = Step.of(meta)
     calls = library.recording = []
-    buffers = _Buffers()
+    buffers = _Buffers(reserve)
     try:
         with buffers:
             hidden = forward(input_ids, positions, meta)
-    except _NotRecordable as other:
-        logger.info("This model's steps run call by call: they use %s, which is none of the CPU's kernels.", other)
-        return None
     finally:
         library.recording = None
-    return Program(library, calls, buffers.memory, (input_ids, positions, slots), step, hidden)
+    return Program(library, calls, buffers, (input_ids, positions, slots), step, hidden)
