@@ -1,8 +1,8 @@
 """What streaming costs: tokens per second of one engine, read as a whole, over a thread and over a process.
 
-The same requests run through `LLM` (nobody reads before the end), through an `AsyncLLM` on a thread, and through one in a
-process of its own, each request a stream of deltas with text; the three take turns. The front's CPU time is that of the
-process that tokenises, detokenises and streams.
+The same requests run through `LLM` (nobody reads before the end), through an `AsyncLLM` on a thread, and through one in
+a process of its own, each request a stream of deltas with text; the three take turns. The front's CPU time is that of
+the process that tokenises, detokenises and streams.
 
     python benchmarks/stream_cost.py
 """
