@@ -194,6 +194,24 @@ def generate(llm: LLM) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def test_requests_of_every_kind_side_by_side(engine: Callable[..., LLM]) -> None:
+    """Drawn tokens depend on a request's seed and place, not on its batch; log-probabilities arrive with them."""
+    kinds = [{"temperature": 0.0}, {"top_p": 0.8, "logprobs": 2}, {"top_k": 5, "min_p": 0.05}, {"temperature": 1.3}]
+    params = [
+        SamplingParams(max_tokens=3, ignore_eos=True, detokenize=False, **{"temperature": 0.9, "seed": i, **kind})
+        for i, kind in enumerate(kinds)
+    ]
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:4]]
+    with engine(max_num_seqs=4) as llm:
+        together = llm.generate(prompts, params, use_tqdm=False)
+        alone = llm.generate(prompts[1:2], params[1:2], use_tqdm=False)
+    assert alone[0].outputs[0].token_ids == together[1].outputs[0].token_ids
+    scored = together[1].outputs[0].logprobs
+    assert scored is not None and [len(position) >= 2 for position in scored] == [True] * 3
+    for token, position in zip(together[1].outputs[0].token_ids, scored, strict=True):
+        assert position[token].logprob <= 0.0
+
+
 def test_keys_and_values_of_eight_bits(engine: Callable[..., LLM]) -> None:
     llm = engine(kv_cache_dtype="fp8")
     executor: Any = llm.llm_engine.core.executor
