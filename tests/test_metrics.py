@@ -152,12 +152,21 @@ def test_two_applications_have_metrics_of_their_own(llm: AsyncLLM):
     other.shutdown()
 
 
-def test_openmetrics_is_spoken_when_asked_for(llm: AsyncLLM):
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=1.0.0;q=0.4",
+        "",
+    ],
+)
+def test_a_scraper_gets_the_names_with_their_colons(llm: AsyncLLM, accept: str):
+    """The formats that Prometheus prefers have other rules for names."""
     app = FastAPI()
     add_metrics(app, llm, "tiny")
-    response = asyncio.run(scrape(app, "application/openmetrics-text; version=1.0.0"))
-    assert response.headers["content-type"].startswith("application/openmetrics-text")
-    assert response.text.endswith("# EOF\n")
+    response = asyncio.run(scrape(app, accept))
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "\nvllm:num_requests_running{" in response.text and "vllm_" not in response.text
 
 
 def test_the_document_lists_what_there_is(llm: AsyncLLM):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -38,6 +38,8 @@ N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (0, 1, 2, 5, 10, 20)
 
 LABELS = ("model_name", "engine")
+# Whatever a scraper says it prefers: in OpenMetrics' format its client library makes vllm_ of vllm:.
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Histogram:
@@ -225,11 +227,9 @@ def add_metrics(app: FastAPI, engine: AsyncLLM, model_name: str) -> MetricsObser
     app.add_middleware(CountRequests, registry=observer.registry)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics(request: Request) -> Response:
-        """The server's metrics, in Prometheus's text format or, if asked for, that of OpenMetrics."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        body: Any = encode(observer.registry)
-        return Response(body, media_type=content_type)
+    async def metrics() -> Response:
+        """The server's metrics in Prometheus's text format."""
+        return Response(generate_latest(observer.registry), media_type=TEXT_FORMAT)
 
     return observer
 
