@@ -44,6 +44,7 @@ class Watch:
         self._scheduler = scheduler
         self._budget = budget
         self._tables: dict[str, Request] = {}  # requests that hold blocks, by name
+        self._in_row: dict[int, Request] = {}  # the last that entered it
         self._rows: list[int] = []  # of the last step, if all of them decoded
         self._records: list[Json] = []
         self._full: Json | None = self._state()
@@ -74,10 +75,12 @@ class Watch:
             started = [request for request in plan.requests if request.row in rows]
             record["starts"] = [_facts(request) for request in started]
             self._tables.update((_name(request), request) for request in started)
+            self._in_row.update((request.row, request) for request in started)
         if plan.block_updates:
-            names = {request.row: _name(request) for request in plan.requests}
             record["tables"] = [
-                (names[row], first, blocks) for row, first, blocks in plan.block_updates if row in names
+                (_name(request), first, blocks)
+                for row, first, blocks in plan.block_updates
+                if (request := self._in_row[row]).row == row  # else it was preempted while the step was planned
             ]
         if plan.copies:
             record["copies"] = plan.copies
@@ -143,6 +146,7 @@ class Watch:
         pool = scheduler.kv.pool
         holders = (*scheduler.running, *scheduler.leaving.values(), *scheduler.held.values())
         self._tables = {_name(request): request for request in holders if request.blocks}
+        self._in_row = {request.row: request for request in holders}
         self._rows = []
         cells = zip(pool.ref_count, (int(each is not None) for each in pool.hash_of), strict=True)
         return {
