@@ -1,6 +1,7 @@
 // What the engine was like at each of the last steps: a state, the records that change it, and a way back.
 
 const KEPT = 600; // records
+const KEPT_FOR_ONE = 2400; // so that the place somebody looks at stays
 const KEY_EVERY = 24; // records between states that are kept whole
 
 /** Requests, their block tables, and the blocks, while one step runs. */
@@ -113,6 +114,7 @@ export class History {
     this.from = 0; // place of the first entry
     this.latest = null; // state after the last
     this.memory = null; // the place looked at last, and its state
+    this.pinned = null; // the place somebody looks at
   }
 
   get to() {
@@ -135,6 +137,8 @@ export class History {
     this.entries.push(entry);
     if (this.entries.length <= KEPT) return;
     const next = this.entries.findIndex((each, index) => index > 0 && each.key);
+    const wanted = this.pinned !== null && this.pinned <= this.from + next;
+    if (wanted && this.entries.length < KEPT_FOR_ONE) return;
     this.entries.splice(0, next);
     this.from += next;
   }

@@ -73,7 +73,7 @@ function draw(now) {
   timeline.draw(history, at);
   element("timeline").setAttribute("aria-valuenow", String(state.step ?? 0));
   element("where").textContent = words().where(state.step, history.to - at);
-  element("idle").hidden = link !== "live" || !idle || history.latest.requests.size > 0;
+  element("idle").hidden = link !== "live" || !idle || place !== null || history.latest.requests.size > 0;
   element("live").setAttribute("aria-pressed", String(place === null));
   element("play").classList.toggle("held", place !== null && !playing);
   if (pointer) tip();
@@ -90,6 +90,7 @@ function select(name) {
 function setPlace(next, keepPlaying = false) {
   place = next === null ? null : Math.min(Math.max(next, history.from), history.to);
   playing = keepPlaying && place !== null;
+  history.pinned = place;
   redraw();
 }
 

@@ -7,7 +7,7 @@ const english = {
   key: "This server wants a key:",
   connect: "Connect",
   generated: "tokens generated / s",
-  computed: "prompt tokens computed / s",
+  computed: "prompt tokens / s",
   running: "requests running",
   waiting: "requests waiting",
   hits: "of prompt tokens cached",
