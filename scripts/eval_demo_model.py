@@ -11,6 +11,7 @@ valid JSON with the right function and exactly the right arguments.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ASSETS = ROOT / "nanovllm" / "assets" / "demo"
 MAX_NEW_TOKENS = 256
+SHOWN = 10  # wrong answers of a group on the page
 # The least share of right answers, by the beginning of a group's name.
 GOALS = {
     "questions en": 0.90, "questions zh": 0.80, "tools en": 0.95, "tools zh": 0.95, "sums": 0.95, "ends with EOS": 0.95,
@@ -154,10 +156,12 @@ def write_report(path: Path, folder: Path, lines: list[str], answered: list[Answ
     while "after" in stages[0]:
         stages.insert(0, stages[0]["after"])
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     parts = [
         BEGIN,
         "",
-        f"{stages[-1]['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all.",
+        f"{stages[-1]['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all; "
+        f"SHA-256 of the weights {weights[:16]}.",
         *(
             f"Trained {stage['steps']} steps on {stage['tokens'] / 1e6:.1f} million tokens, seed {stage['seed']}, "
             f"rate {stage['learning_rate']}, {stage['minutes']:.0f} minutes on {stage['device']}; "
@@ -168,13 +172,15 @@ def write_report(path: Path, folder: Path, lines: list[str], answered: list[Answ
         "",
         *lines,
         "",
-        "Wrong answers:",
+        f"Wrong answers, the first {SHOWN} of every group (`--json` writes all):",
         "",
         "| group | question | answer |",
         "| --- | --- | --- |",
     ]
+    shown: dict[str, int] = defaultdict(int)
     for item in answered:
-        if not item.right:
+        shown[item.question.group] += not item.right
+        if not item.right and shown[item.question.group] <= SHOWN:
             answer = item.answer if item.ended else item.answer[:80] + "… (no end)"
             cells = (item.question.group, item.question.shown, answer)
             parts.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
