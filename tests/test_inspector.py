@@ -25,6 +25,7 @@ from nanovllm.engine.core import EngineCore
 from nanovllm.engine.inspection import MOST_UNREAD, Viewers, _head
 from nanovllm.engine.invariants import InvariantChecker
 from nanovllm.engine.plan import StepPlan
+from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.thread_core import ThreadCore
 from nanovllm.entrypoints.serve.app import build_app
@@ -40,6 +41,7 @@ class Mirror:
     def __init__(self) -> None:
         self.blocks: list[tuple[int, int]] = []  # references, cached
         self.tables: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}
         self.decodes: list[str] = []
         self.records: list[Json] = []
 
@@ -49,18 +51,30 @@ class Mirror:
             full = said["full"]
             self.blocks = [(refs, cached) for count, refs, cached in full["blocks"] for _ in range(count)]
             self.tables = {each["name"]: each["table"] for each in full["requests"]}
+            self.computed = {each["name"]: each["computed"] for each in full["requests"]}
         for record in said.get("records", ()):
             self.records.append(record)
             for name, _ in record.get("gone", ()):
-                del self.tables[name]
+                del self.tables[name], self.computed[name]
             for start in record.get("starts", ()):
                 self.tables[start["name"]] = []
+                self.computed[start["name"]] = start["computed"]
             for name, first, blocks in record.get("tables", ()):
                 assert first == len(self.tables[name])
                 self.tables[name] += blocks
-            self.decodes = record.get("decodes", self.decodes)
+            self.decodes = record.get("decodes", self.decodes) if "step" in record else []
+            for name in self.decodes:
+                self.computed[name] += 1
+            for name, start, count in record.get("chunks", ()):
+                assert self.computed[name] == start
+                self.computed[name] += count
             for block, refs, cached in record.get("blocks", ()):
                 self.blocks[block] = (refs, cached)
+
+
+def name_of(request: Request) -> str:
+    _, arrival, index = request.key
+    return f"{arrival}.{index}" if index else f"{arrival}"
 
 
 def truth(scheduler: Scheduler) -> tuple[list[tuple[int, int]], dict[str, list[int]]]:
@@ -68,8 +82,7 @@ def truth(scheduler: Scheduler) -> tuple[list[tuple[int, int]], dict[str, list[i
     pool = scheduler.kv.pool
     blocks = [(refs, int(each is not None)) for refs, each in zip(pool.ref_count, pool.hash_of, strict=True)]
     holders = [*scheduler.running, *scheduler.leaving.values(), *scheduler.held.values()]
-    names = {each.request_id: str(each.key[1]) + (f".{each.key[2]}" if each.key[2] else "") for each in holders}
-    return blocks, {names[each.request_id]: list(each.blocks) for each in holders if each.blocks}
+    return blocks, {name_of(each): list(each.blocks) for each in holders if each.blocks}
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
@@ -97,6 +110,7 @@ def test_frames_tell_exactly_what_the_scheduler_holds(seed: int, in_flight: int)
             if (frame := core.watch.take(idle=True)) is not None:
                 mirror.take(frame)
             assert (mirror.blocks, mirror.tables) == truth(core.scheduler)
+            assert all(mirror.computed[name_of(each)] == each.num_computed for each in core.scheduler.running)
             compared += len(mirror.tables)
     while core.has_work:
         core.step()
@@ -240,7 +254,7 @@ class Witness(FakeExecutor):
         blocks, tables = truth(scheduler)
         computed = {name: 0 for name in tables}
         for request in scheduler.running:
-            computed[str(request.key[1]) + (f".{request.key[2]}" if request.key[2] else "")] = request.num_computed
+            computed[name_of(request)] = request.num_computed
         self.seen[plan.step] = {
             "blocks": [list(each) for each in blocks],
             "tables": tables,

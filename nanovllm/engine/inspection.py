@@ -72,10 +72,10 @@ class Watch:
             self._batch(plan, record)
         if plan.starts:
             rows = {start.row for start in plan.starts}
-            started = [request for request in plan.requests if request.row in rows]
-            record["starts"] = [_facts(request) for request in started]
-            self._tables.update((_name(request), request) for request in started)
-            self._in_row.update((request.row, request) for request in started)
+            started = [each for each in zip(plan.requests, plan.num_computed, strict=True) if each[0].row in rows]
+            record["starts"] = [{**_facts(request), "computed": computed} for request, computed in started]
+            self._tables.update((_name(request), request) for request, _ in started)
+            self._in_row.update((request.row, request) for request, _ in started)
         if plan.block_updates:
             record["tables"] = [
                 (_name(request), first, blocks)

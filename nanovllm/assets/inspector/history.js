@@ -47,7 +47,7 @@ export class State {
     this.gone = record.gone ?? [];
     for (const [name] of this.gone) this.requests.delete(name);
     for (const start of record.starts ?? []) {
-      this.requests.set(start.name, { ...start, computed: 0, table: [] });
+      this.requests.set(start.name, { ...start, table: [] });
       if (start.preemptions === 0) {
         this.asked += start.prompt;
         this.hit += start.cached;
