@@ -1,6 +1,6 @@
 """What a viewer of the inspector costs: tokens per second of one engine, watched and unwatched in turn.
 
-python benchmarks/inspector_cost.py [--model demo] [--rounds 10] [--requests 32] [--tokens 128]
+python benchmarks/inspector_cost.py [--model demo] [--rounds 40] [--requests 32] [--tokens 128]
 
 Rounds alternate, so that what else the machine does meets both alike; the result is the median of the ratios of
 neighbouring rounds. The viewer takes all frames and throws them away.
@@ -53,7 +53,8 @@ async def measure(arguments: argparse.Namespace) -> None:
             ratios.append(with_viewer / without)
             plain.append(without)
         print(f"{statistics.median(plain):.0f} tokens/s unwatched; watched {statistics.median(ratios):.4f} times that")
-        print(f"ratios {' '.join(f'{each:.3f}' for each in ratios)}")
+        low, _, high = statistics.quantiles(ratios, n=4)
+        print(f"half of the ratios of {arguments.rounds} pairs of rounds lie between {low:.3f} and {high:.3f}")
         print(f"{len(seen)} frames of {statistics.mean(seen):.0f} bytes in {llm.stats.steps} steps")
     finally:
         llm.shutdown()
@@ -62,7 +63,7 @@ async def measure(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     asyncio.run(measure(parser.parse_args()))
