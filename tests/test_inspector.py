@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -16,18 +17,20 @@ from typing import Any
 import httpx
 import pytest
 from browser import Page, browser
-from engine_processes import LONG, collect, engine, quiet, streams_in_flight
+from engine_processes import LONG, child_pid, collect, engine, quiet, streams_in_flight
 from fake_executor import FakeExecutor, FakeHandle, engine_config, make_request
 from serving import served
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.engine.core import EngineCore
-from nanovllm.engine.inspection import MOST_UNREAD, Viewers, _head
+from nanovllm.engine.inspection import LOST, MOST_UNREAD, Viewers, _head
 from nanovllm.engine.invariants import InvariantChecker
+from nanovllm.engine.messages import Inspect, View
 from nanovllm.engine.plan import StepPlan
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.thread_core import ThreadCore
+from nanovllm.engine.wire import decode_command, decode_message, encode_command, encode_message
 from nanovllm.entrypoints.serve.app import build_app
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.inspector import FILES, FOLDER, PAGE
@@ -211,6 +214,21 @@ def test_who_leaves_too_much_unread_gets_the_whole_state_again():
     asyncio.run(watch())
 
 
+def test_a_viewer_is_let_go_even_while_he_reads_a_frame():
+    async def watch() -> None:
+        viewers = Viewers(lambda on: None)
+        frames = viewers.frames()
+        first = asyncio.ensure_future(frames.__anext__())
+        await asyncio.sleep(0)
+        viewers.show(b"0")
+        assert await first == b"0"
+        viewers.close()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(frames.__anext__(), 10)
+
+    asyncio.run(watch())
+
+
 def test_the_engine_process_is_watched_only_while_somebody_does():
     async def watch() -> None:
         with engine() as llm:
@@ -233,6 +251,27 @@ def test_the_engine_process_is_watched_only_while_somebody_does():
             await collect(llm, "after", params=LONG)
             await quiet(llm)
             assert len(shown) <= 1  # one may have been under way
+
+    asyncio.run(watch())
+
+
+def test_views_and_orders_for_them_travel():
+    frame = bytes(range(256))
+    assert decode_message(encode_message(View(frame))) == View(frame)
+    for on in (True, False):
+        assert decode_command(encode_command(Inspect(on))) == Inspect(on)
+
+
+def test_a_viewer_is_told_of_the_death_of_the_engine_and_shown_the_next():
+    async def watch() -> None:
+        with engine(max_restarts=1) as llm:
+            await llm.ready()
+            frames = llm.viewers.frames()
+            assert "full" in json.loads(await frames.__anext__())
+            os.kill(child_pid(llm), signal.SIGKILL)
+            assert await frames.__anext__() == LOST
+            assert "full" in json.loads(await asyncio.wait_for(frames.__anext__(), 30))
+            await frames.aclose()
 
     asyncio.run(watch())
 
@@ -460,13 +499,23 @@ def test_it_can_be_left_out():
 def test_a_viewer_who_leaves_is_not_shown_anything_more():
     with site() as where:
         with httpx.stream("GET", f"{where.url}/inspector/events") as answer:
-            first = next(answer.iter_lines())
+            lines = answer.iter_lines()  # the stream is closed when nobody holds it
+            first = next(lines)
             assert first.startswith('data: {"records":[') and answer.headers["content-type"].startswith("text/event-")
             assert len(where.llm.viewers) == 1
         deadline = time.monotonic() + 20
         while len(where.llm.viewers) or where.witness.scheduler.kv.pool.changed is not None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_only_so_many_viewers_are_let_in(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nanovllm.entrypoints.serve.inspector.MOST_VIEWERS", 1)
+    with site() as where, httpx.stream("GET", f"{where.url}/inspector/events") as answer:
+        lines = answer.iter_lines()  # the stream is closed when nobody holds it
+        assert next(lines)
+        refused = httpx.get(f"{where.url}/inspector/events")
+        assert refused.status_code == 503 and "viewers" in refused.json()["error"]["message"]
 
 
 def test_a_viewer_does_not_keep_the_server_from_ending():

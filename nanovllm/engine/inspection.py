@@ -217,7 +217,7 @@ class Viewers:
                     self._switch(True)
                 while unread:
                     yield unread.popleft()
-                if number not in self._lost:
+                if number not in self._lost and not self._closed:  # both may have changed while a frame was out
                     news.clear()
                     await news.wait()
         finally:
