@@ -102,7 +102,7 @@ def test_a_failed_step_ends_the_search_and_nothing_else(checkpoint: tuple[Path, 
     with LLM(str(path), skip_tokenizer_init=True, num_gpu_blocks_override=40, block_size=4, max_num_seqs=4) as llm:
         core = llm.llm_engine.core
         core.checker = InvariantChecker(core.scheduler)
-        forward = core.executor._runner.model.forward
+        forward = core.executor._runner.forward
         calls = iter(range(100))
 
         def failing(*arguments: Any) -> Any:
@@ -110,7 +110,7 @@ def test_a_failed_step_ends_the_search_and_nothing_else(checkpoint: tuple[Path, 
                 raise ZeroDivisionError("on purpose")
             return forward(*arguments)
 
-        core.executor._runner.model.forward = failing
+        core.executor._runner.forward = failing
         params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
         with pytest.raises(StepError, match="on purpose"):
             llm.beam_search([PROMPTS[0]], params)
