@@ -25,7 +25,7 @@ EXPECTED = {
     "nanovllm generate --dty": {"--dtype"},
     "nanovllm generate --dtype f": {"float16", "float32"},
     "nanovllm generate --no-ig": {"--no-ignore-eos"},
-    "nanovllm chat --system-prompt bench --st": {"--stats", "--stop", "--stop-token-ids", "--structured-outputs-config"},
+    "nanovllm chat --system-prompt bench --sto": {"--stop", "--stop-token-ids"},
     "nanovllm bench ": {"latency", "serve", "startup", "throughput"},
     "nanovllm bench throughput --back": {"--backend"},
     "nanovllm bench throughput --backend ": {"vllm", "nanovllm"},
@@ -73,7 +73,7 @@ def test_fish_completes_commands_options_and_values(capsys: pytest.CaptureFixtur
     )
     answers = [{line.split("\t")[0] for line in part.splitlines()} for part in done.stdout.split("---\n")[1:]]
     for (line, expected), answer in zip(EXPECTED.items(), answers, strict=False):
-        if line.endswith((" ", "--st")) or expected:
+        if line.endswith((" ", "--sto")) or expected:
             assert answer == expected, line
         else:
             assert not answer, line
