@@ -263,13 +263,13 @@ def test_both_readmes_have_the_same_structure():
 
     def structure(text: str) -> list[str]:
         """Headings by level, blocks without comments, tables by their first column, number of list items."""
-        body = prose(text)
+        body = prose(text).replace(".zh-CN.md)", ".md)")  # a page may have a Chinese sister
         return [
             *re.findall(r"^(#+) ", body, re.MULTILINE),
             *(info + re.sub(r"#.*", "", block) for info, block in fences(text)),
             *re.findall(r"^\| (`[^|]*) \| (\d+)", body, re.MULTILINE),
             str(len(re.findall(r"^- ", body, re.MULTILINE))),
-            *sorted(set(re.findall(r"\]\(([^)]+)\)", body)) - {readme.name for readme in READMES}),
+            *sorted(set(re.findall(r"\]\(([^)]+)\)", body)) - {"README.md"}),
         ]
 
     assert structure(english) == structure(chinese)
