@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -15,8 +14,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from nanovllm.errors import ModelError, ParameterError
+from nanovllm.errors import ParameterError
 from nanovllm.hub import DEMO_MODEL, resolve_model_path
+from nanovllm.model_files import (
+    checkpoint_dtype,
+    default_context,
+    derived_context,
+    positive,
+    read_hf_config,
+    read_json,
+)
 from nanovllm.pooling_params import PoolingConfig, override_pooling, read_pooling
 
 logger = logging.getLogger("nanovllm")
@@ -216,15 +223,16 @@ class EngineArgs:
             weights=self.load_format != "dummy",
         )
         hf_config, architecture = read_hf_config(path, self.hf_overrides)
+        saved = checkpoint_dtype(hf_config)
         max_model_len = self._max_model_len(hf_config)
         model = ModelConfig(
             model=str(self.model),
             path=path,
             hf_config=hf_config,
             architecture=architecture,
-            dtype=platform.resolve_dtype(_dtype_name(self.dtype), checkpoint_dtype(hf_config)),
+            dtype=platform.resolve_dtype(_dtype_name(self.dtype), saved and _dtype_name(saved)),
             max_model_len=max_model_len,
-            vocab_size=_positive(hf_config, "vocab_size", path),
+            vocab_size=positive(hf_config, "vocab_size", path),
             load_format="safetensors" if self.load_format == "auto" else self.load_format,
             quantization=self.quantization,
             seed=self.seed or 0,
@@ -365,7 +373,7 @@ class EngineArgs:
             raise ParameterError(
                 "no generation_config.json in that folder", "generation_config", self.generation_config
             )
-        values: dict[str, Any] = _read_json(file) if file.is_file() else {}
+        values: dict[str, Any] = read_json(file) if file.is_file() else {}
         eos: list[int] = []
         for source in (values, hf_config):
             ids = source.get("eos_token_id")
@@ -421,85 +429,6 @@ class EngineArgs:
 
 
 AsyncEngineArgs = EngineArgs
-
-
-def read_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
-    """Read ``config.json``: the (text) configuration and the architecture's name.
-
-    Raises:
-        ModelError: no config.json, not JSON, or no architecture in it.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{path} has no config.json: not a model folder in the Hugging Face format")
-    config = {**_read_json(file), **(overrides or {})}
-    architectures = config.get("architectures") or []
-    if not architectures:
-        raise ModelError(f"{file} names no 'architectures'; add it with hf_overrides={{'architectures': [...]}}")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"{path}: quantised checkpoints ({method}) are not supported by this version; use the bf16 one"
-        )
-    text = config.get("text_config")
-    return ({**config, **text} if isinstance(text, dict) else config), architectures[0]
-
-
-def checkpoint_dtype(hf_config: dict[str, Any]) -> str | None:
-    """The dtype a checkpoint was saved in, by its config of either generation; None if it does not say."""
-    name = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    return _dtype_name(name) if name else None
-
-
-def derived_context(hf_config: dict[str, Any]) -> int:
-    """The longest context a checkpoint is made for, in tokens, RoPE scaling included."""
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if hf_config.get(key):
-            length = int(hf_config[key])
-            break
-    else:
-        return 2048
-    scaling = _rope_scaling(hf_config)
-    if _rope_kind(scaling) in ("linear", "dynamic", "yarn") and scaling.get("factor"):
-        original = scaling.get("original_max_position_embeddings")
-        return max(int((original or length) * float(scaling["factor"])), length)
-    return length
-
-
-def default_context(hf_config: dict[str, Any]) -> int:
-    """The context taken if none is asked for, in tokens.
-
-    That is the longest, but for dynamic RoPE the trained one: there a longer context changes every short text too.
-    """
-    if _rope_kind(_rope_scaling(hf_config)) == "dynamic" and hf_config.get("max_position_embeddings"):
-        return int(hf_config["max_position_embeddings"])
-    return derived_context(hf_config)
-
-
-def _rope_scaling(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE parameters, of a configuration of either generation."""
-    return hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-
-
-def _rope_kind(scaling: dict[str, Any]) -> str:
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _positive(hf_config: dict[str, Any], key: str, path: Path) -> int:
-    value = hf_config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{path / 'config.json'}: {key} must be a positive integer, not {value!r}")
-    return value
 
 
 def _dtype_name(dtype: Any) -> str:

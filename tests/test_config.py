@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from nanovllm.config import EngineArgs, default_context, derived_context, read_hf_config
+from nanovllm.config import EngineArgs
 from nanovllm.errors import ModelError, ParameterError
 from nanovllm.hub import resolve_model_path
+from nanovllm.model_files import default_context, derived_context, read_hf_config
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
