@@ -9,18 +9,18 @@ from typing import Any
 from nanovllm.errors import ModelError
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model folder.
+def read_json(file: Path, kind: type = dict) -> Any:
+    """What a JSON file of a model folder holds: an object, or an array with ``kind=list``.
 
     Raises:
-        ModelError: it cannot be read, or is none.
+        ModelError: it cannot be read, or holds something else.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise ModelError(f"{file} must hold a JSON {'array' if kind is list else 'object'}, not {type(value).__name__}")
     return value
 
 

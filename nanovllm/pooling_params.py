@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import ModelError, ParameterError
+from nanovllm.model_files import read_json
 
 METHODS = ("last", "mean")
 
@@ -68,7 +68,7 @@ def read_pooling(path: Path, hf_config: Mapping[str, Any], architecture: str) ->
     if not file.is_file():
         return config
     kinds = {}
-    for module in _read(file, list):
+    for module in read_json(file, list):
         kinds[str(module.get("type", "")).rsplit(".", 1)[-1]] = str(module.get("path", ""))
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
@@ -76,7 +76,7 @@ def read_pooling(path: Path, hf_config: Mapping[str, Any], architecture: str) ->
     config = replace(config, only=True, normalize="Normalize" in kinds)
     if "Pooling" not in kinds:
         return config
-    modes = _read(path / kinds["Pooling"] / "config.json", dict)
+    modes = read_json(path / kinds["Pooling"] / "config.json")
     mode = modes.get("pooling_mode")
     chosen = [name.removeprefix("pooling_mode_") for name, on in modes.items() if on is True and "mode_" in name]
     methods = {"lasttoken": "last", "last": "last", "mean_tokens": "mean", "mean": "mean"}
@@ -115,13 +115,3 @@ def override_pooling(
         else:
             raise ParameterError("not an option of this version, or of the wrong type", full, value)
     return config
-
-
-def _read(file: Path, kind: type) -> Any:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ModelError(f"{file} must hold a JSON {'array' if kind is list else 'object'}")
-    return value

@@ -140,3 +140,22 @@ def shared_server(*options: str) -> Served:
 def chained(lists: Iterable[list[Any]]) -> list[Any]:
     """All items of the lists, in order."""
     return list(itertools.chain.from_iterable(lists))
+
+
+def parsing_server() -> Served:
+    """A shared server that parses reasoning and tool calls."""
+    return shared_server(
+        "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--enable-prompt-tokens-details", "--response-role", "assistant",
+    )  # fmt: skip
+
+
+def named_events(server: Served, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a stream; every one is named like its data."""
+    text = "\n".join(server.stream_lines(path, body))
+    events = []
+    for block in filter(None, text.split("\n\n")):
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events

@@ -11,7 +11,7 @@ import anthropic
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import Served, served, shared_server
+from serving import Served, parsing_server, served
 
 SUM: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
 ASK_WEATHER: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
@@ -29,10 +29,7 @@ class Sum(BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Served:
-    return shared_server(
-        "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-        "--enable-prompt-tokens-details", "--response-role", "assistant",
-    )  # fmt: skip
+    return parsing_server()
 
 
 @pytest.fixture(scope="module")

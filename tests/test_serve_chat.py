@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from serving import Served, chained, shared_server
+from serving import Served, chained, parsing_server, shared_server
 
 PATH = "/v1/chat/completions"
 SUM: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0}
@@ -36,10 +36,7 @@ def server() -> Served:
 @pytest.fixture(scope="module")
 def clever() -> Served:
     """With parsers for reasoning and tools."""
-    return shared_server(
-        "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-        "--enable-prompt-tokens-details", "--response-role", "assistant",
-    )  # fmt: skip
+    return parsing_server()
 
 
 def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:

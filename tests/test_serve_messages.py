@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from serving import Served, served, shared_server
+from serving import Served, named_events, parsing_server, served, shared_server
 
 PATH = "/v1/messages"
 
@@ -27,21 +27,12 @@ THINK: dict[str, Any] = {"thinking": {"type": "enabled", "budget_tokens": 100}}
 
 @pytest.fixture(scope="module")
 def server() -> Served:
-    return shared_server(
-        "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-        "--enable-prompt-tokens-details", "--response-role", "assistant",
-    )  # fmt: skip
+    return parsing_server()
 
 
 def stream(server: Served, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The events of a stream; every one is named like its data."""
-    text = "\n".join(server.stream_lines(PATH, body))
-    events = []
-    for block in filter(None, text.split("\n\n")):
-        name, data = block.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
+    return named_events(server, PATH, body)
 
 
 def shape(events: list[dict[str, Any]]) -> list[str]:

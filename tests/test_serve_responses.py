@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from serving import Served, shared_server
+from serving import Served, named_events, parsing_server
 
 from nanovllm.entrypoints.serve.errors import ServeError
 from nanovllm.entrypoints.serve.generation import Usage
@@ -31,20 +31,12 @@ CALL: dict[str, Any] = {"input": "What is the weather in Paris?", "temperature":
 
 @pytest.fixture(scope="module")
 def server() -> Served:
-    return shared_server(
-        "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-        "--enable-prompt-tokens-details", "--response-role", "assistant",
-    )  # fmt: skip
+    return parsing_server()
 
 
 def stream(server: Served, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The events of a stream: every one is named like its data, and they are numbered."""
-    text = "\n".join(server.stream_lines(PATH, body))
-    events = []
-    for block in filter(None, text.split("\n\n")):
-        name, data = block.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
+    events = named_events(server, PATH, body)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 

@@ -20,6 +20,7 @@ from nanovllm.engine import chat_template as chat
 from nanovllm.engine.detokenizer import Detokenizer, TableDetokenizer, WindowDetokenizer
 from nanovllm.engine.token_text import TokenText, decoder_rule
 from nanovllm.errors import ModelError, ParameterError
+from nanovllm.model_files import read_json
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -317,15 +318,8 @@ def _from_transformers(path: Path, mode: str, trust_remote_code: bool) -> Tokeni
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return value
+    """A file that a tokenizer may lack."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -12,17 +12,16 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.entrypoints.cli.answering import add_answering_flags, read_answering_flags
 from nanovllm.entrypoints.cli.answers import Pieces, show
 from nanovllm.entrypoints.cli.conversation import Conversation, Message
-from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_field_flags, engine_args
 from nanovllm.entrypoints.cli.lines import interrupts_noted, is_typed, piped_lines, say, typed_lines
 from nanovllm.entrypoints.cli.loading import load_llm
 from nanovllm.entrypoints.cli.parser import CommandParser, MergeJson, UsageError, suggestion
 from nanovllm.entrypoints.cli.prompts import valid_text
-from nanovllm.entrypoints.cli.remote import RemoteModel, TooLongError, add_remote_flags, check_remote_flags
+from nanovllm.entrypoints.cli.remote import RemoteModel, TooLongError
 from nanovllm.entrypoints.cli.requests import sampling_params, stream_pieces
 from nanovllm.errors import ParameterError
-from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.entrypoints.llm import LLM
@@ -35,7 +34,6 @@ COMMANDS = {
     "/exit": "end the program; also /quit and Ctrl-D",
 }
 _ALIASES = {"/new": "/clear", "/quit": "/exit"}
-_SAMPLING = {name: text for name, text in SAMPLING_HELP.items() if name not in ("n", "logprobs")}
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -53,22 +51,12 @@ def add_arguments(parser: CommandParser) -> None:
         default={},
         help='variables for the chat template, such as {"enable_thinking": true}',
     )
-    parser.add_argument("--stats", action="store_true", help="after each answer, print its speed to standard error")
-    parser.add_argument("--verbose", "-v", action="store_true", help="show the engine's messages")
-    add_remote_flags(parser)
-    sampling = parser.add_argument_group(
-        "sampling", "Defaults are the model's own (generation_config.json), and these where it has none."
-    )
-    add_field_flags(sampling, SamplingParams, _SAMPLING, {"max_tokens": "the rest of the context"})
-    add_engine_flags(parser, without=("seed", "-q"))  # --seed is the request's, -q is --quick
+    add_answering_flags(parser, "answer", "the rest of the context")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer messages until there are no more."""
-    given = {name: getattr(arguments, name) for name in _SAMPLING if hasattr(arguments, name)}
-    engine = engine_args(arguments, without=("seed",))
-    check_remote_flags(arguments, engine)
-    SamplingParams(**given)  # refuses nonsense before a model is loaded
+    given, engine = read_answering_flags(arguments)
     for text, name in ((arguments.quick, "the message"), (arguments.system_prompt, "--system-prompt")):
         if text is not None:
             valid_text(text, name)

@@ -9,19 +9,17 @@ import argparse
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 
+from nanovllm.entrypoints.cli.answering import add_answering_flags, read_answering_flags
 from nanovllm.entrypoints.cli.answers import Pieces, show
-from nanovllm.entrypoints.cli.flags import SAMPLING_HELP, add_engine_flags, add_field_flags, engine_args
 from nanovllm.entrypoints.cli.lines import interrupts_noted, is_typed, piped_lines, say, typed_lines
 from nanovllm.entrypoints.cli.loading import load_llm
 from nanovllm.entrypoints.cli.parser import CommandParser, UsageError
 from nanovllm.entrypoints.cli.prompts import valid_text
-from nanovllm.entrypoints.cli.remote import RemoteModel, add_remote_flags, check_remote_flags
+from nanovllm.entrypoints.cli.remote import RemoteModel
 from nanovllm.entrypoints.cli.requests import sampling_params, stream_pieces
 from nanovllm.errors import ParameterError
-from nanovllm.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
-_SAMPLING = {name: text for name, text in SAMPLING_HELP.items() if name not in ("n", "logprobs")}
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -32,22 +30,12 @@ def add_arguments(parser: CommandParser) -> None:
         'Example: nanovllm complete -q "Once upon a time" --max-tokens 64'
     )
     parser.add_argument("--quick", "-q", metavar="TEXT", help="continue one text and end")
-    parser.add_argument("--stats", action="store_true", help="after each text, print its speed to standard error")
-    parser.add_argument("--verbose", "-v", action="store_true", help="show the engine's messages")
-    add_remote_flags(parser)
-    sampling = parser.add_argument_group(
-        "sampling", "Defaults are the model's own (generation_config.json), and these where it has none."
-    )
-    add_field_flags(sampling, SamplingParams, _SAMPLING, {"max_tokens": DEFAULT_MAX_TOKENS})
-    add_engine_flags(parser, without=("seed", "-q"))  # --seed is the request's, -q is --quick
+    add_answering_flags(parser, "text", DEFAULT_MAX_TOKENS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue texts until there are no more."""
-    given = {name: getattr(arguments, name) for name in _SAMPLING if hasattr(arguments, name)}
-    engine = engine_args(arguments, without=("seed",))
-    check_remote_flags(arguments, engine)
-    SamplingParams(**given)  # refuses nonsense before a model is loaded
+    given, engine = read_answering_flags(arguments)
     if arguments.quick is not None and not valid_text(arguments.quick, "the text"):
         raise UsageError("--quick: the text is empty")
     if arguments.url is not None:
