@@ -74,11 +74,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "demo", help="working folder (default: build/demo)"
     )
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps (default: 4000)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps (default: 8000)")
     parser.add_argument("--step-tokens", type=int, default=3072, help="tokens per step, padding included")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument(
-        "--decay", type=float, default=0.4, help="last part of the steps in which the rate falls to zero"
+        "--decay", type=float, default=0.3, help="last part of the steps in which the rate falls to zero"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -21,12 +21,12 @@ from .tools import call_text, draw_case, draw_value, new_name
 
 # The shares of the kinds of examples, about percents.
 SHARES = {
-    "question": 37,
-    "raw": 9,
+    "question": 36,
+    "raw": 10,
     "thought": 6,
-    "follow": 7,
+    "follow": 8,
     "sum": 11,
-    "drill": 3,
+    "drill": 2,
     "tool": 17,
     "echo": 6,
     "unknown": 4,
@@ -238,11 +238,11 @@ class Corpus:
                 messages += [_user(ask_sum(item, language, rng)), _assistant(item.answer(language))]
             messages += [_user(self.question(topic, language, rng)), _assistant(topic.side(language).answer)]
         lean = rng.random()
-        if lean < 0.35 and topic.side(language).more:
+        if lean < 0.4 and topic.side(language).more:
             question, answer = rng.choice(phrases(language, "more")), topic.side(language).more
-        elif lean < 0.45:
+        elif lean < 0.47:
             question, answer = rng.choice(phrases(language, "repeat")), topic.side(language).answer
-        elif lean < 0.57:
+        elif lean < 0.58:
             question = rng.choice(phrases(language, "other language"))
             answer = topic.side("zh" if language == "en" else "en").answer
         elif lean < 0.65:
@@ -268,9 +268,12 @@ class Corpus:
     def _sum(self, rng: Random, language: str) -> Example:
         item = draw_sum(rng)
         thought = item.thought() if rng.random() < 0.15 else ""
-        return self._chat(
-            [_user(ask_sum(item, language, rng))], item.answer(language), "sum", rng, language, None, thought
-        )
+        question = ask_sum(item, language, rng)
+        if rng.random() < 0.15:  # whatever stands before the numbers, it is about them
+            gap = " " if language == "en" else ""
+            strange = [rng.choice(phrases(language, "strange words")) for _ in range(rng.randint(1, 3))]
+            question = gap.join((*strange, question))
+        return self._chat([_user(question)], item.answer(language), "sum", rng, language, None, thought)
 
     def _drill(self, rng: Random, language: str) -> Example:
         """A page of sums: many to learn from in one short text."""
