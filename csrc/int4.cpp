@@ -142,8 +142,10 @@ class Product {
     template <int ROWS>
     void add_group(Sums<ROWS>& total, const Sums<ROWS>& sums, int64_t number, int64_t group) const {
         const bf16* scales = static_cast<const bf16*>(w.scales) + (number * groups + group) * PANEL;
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             const f32v scale = load(scales + v * LANES);
+#pragma GCC unroll 6
             for (int r = 0; r < ROWS; ++r) total[r][v] = fma(sums[r][v], scale, total[r][v]);
         }
     }
