@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nanovllm.engine.block_pool import hash_block
 
 if TYPE_CHECKING:
+    from nanovllm.engine.fair_queue import Flow
     from nanovllm.engine.plan import TokenLogprobs
     from nanovllm.engine.structured import GuideSpec
     from nanovllm.sampling_params import SamplingParams
@@ -44,6 +45,7 @@ class Request:
         "blocks",
         "eos_token_ids",
         "finish_reason",
+        "flow",
         "fork_of",
         "forks",
         "guide",
@@ -63,6 +65,7 @@ class Request:
         "num_registered",
         "num_stale",
         "params",
+        "place",
         "pooling",
         "queued_ts",
         "request_id",
@@ -71,7 +74,9 @@ class Request:
         "seed",
         "status",
         "stop_token_ids",
+        "tenant",
         "token_ids",
+        "weight",
     )
 
     def __init__(
@@ -91,6 +96,8 @@ class Request:
         cache_salt: str | None = None,
         fork_of: Request | None = None,
         held: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -101,6 +108,7 @@ class Request:
             cache_salt: only requests of the same salt share cached prefixes.
             fork_of: a request whose tokens begin with all tokens of this one but the last; its blocks are shared.
             held: keep the blocks after finishing, for forks, until `Scheduler.release`.
+            tenant: on whose behalf it runs; tenants share the engine in proportion to their weights.
         """
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
@@ -121,6 +129,10 @@ class Request:
         self.status = RequestStatus.WAITING
         self.finish_reason: str | None = None
         self.key: tuple[int, int, int] = (0, 0, 0)  # (priority, arrival, index among forks): smaller goes first
+        self.tenant = tenant
+        self.weight = weight
+        self.flow: Flow | None = None  # where it waits or runs
+        self.place: tuple[int, float, int, int] | None = None  # among those that run; see `FairQueue`
         self.num_preemptions = 0
         self.queued_ts = 0.0  # seconds of the monotonic clock
 
