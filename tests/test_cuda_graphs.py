@@ -113,22 +113,39 @@ def test_other_steps_are_launched(model: Decoder, sizes: tuple[int, ...], news: 
     assert capture.captures == 0
 
 
-def test_a_step_that_runs_out_of_memory_runs_once_more(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, plain = Steps(model, None), Steps(model, None, wrap=False)
-    freed = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
-    forward = steps._plain
-    failures = [torch.OutOfMemoryError("full")]
+class FullMemory(FakeCapture):
+    """Raises for the first captures, in the middle of recording."""
 
-    def fails_once(*arguments: Any) -> Tensor:
-        if failures:
-            raise failures.pop()
-        return forward(*arguments)
+    def __init__(self, error: Exception, times: int) -> None:
+        super().__init__()
+        self.errors = [error] * times
 
-    steps.forward._forward = fails_once  # type: ignore[attr-defined]
+    def __call__(self, work: graphs.Work) -> tuple[Callable[[], None], Tensor]:
+        if self.errors:
+            work()
+            raise self.errors.pop()
+        return super().__call__(work)
+
+
+def test_what_memory_does_not_suffice_to_record_is_launched(model: Decoder) -> None:
+    capture = FullMemory(torch.OutOfMemoryError("full"), times=1)
+    recorded, launched = Steps(model, capture), Steps(model, None)
+    for contexts in ([2, 5], [3, 6]):
+        table = tables(3, 3)
+        assert torch.equal(recorded.run(table, contexts), launched.run(table, contexts))
+    assert capture.captures == capture.replays == 0
+    recorded.forward.release()  # type: ignore[attr-defined]
+    assert torch.equal(recorded.run(table, [4, 7]), launched.run(table, [4, 7]))
+    assert capture.captures == capture.replays == 1  # with memory freed it is recorded
+
+
+def test_a_recording_that_failed_is_not_replayed(model: Decoder) -> None:
+    capture = FullMemory(RuntimeError("the device is on fire"), times=1)
+    recorded, launched = Steps(model, capture), Steps(model, None)
     table = tables(3, 3)
-    assert torch.equal(steps.run(table, [2, 2], [1, 5]), plain.run(table, [2, 2], [1, 5]))
-    assert freed == [True]
+    with pytest.raises(RuntimeError, match="on fire"):
+        recorded.run(table, [2, 5])
+    assert torch.equal(recorded.run(table, [2, 5]), launched.run(table, [2, 5]))
 
 
 def test_a_wider_block_table_is_recorded_anew(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

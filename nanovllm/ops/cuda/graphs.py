@@ -7,7 +7,8 @@ tokens, positions, slots, block table, the plan of attention.
     step of 5 rows -> bucket of 8 -> its graph: copy 5 rows, slots of the other 3 = 0, plan of 8 rows -> replay
 
 Padded rows compute something, attend to nothing, write to the padding block, and nobody reads their result. Steps with
-longer queries, or with more rows than the largest bucket, are launched kernel by kernel.
+longer queries, or with more rows than the largest bucket, are launched kernel by kernel. So are those that memory does
+not suffice to record.
 """
 
 from __future__ import annotations
@@ -95,17 +96,15 @@ class DecodeGraphs:
         """input_ids, positions int64 [T] -> hidden states [T, hidden]."""
         count = len(meta.seq_lens)
         if meta.num_decodes != count or count > self._buckets[-1]:
-            return self._launch(input_ids, positions, meta)
+            return self._forward(input_ids, positions, meta)
         size = next(bucket for bucket in self._buckets if bucket >= count)
         table = self._place_table(meta.block_table)
         lengths = np.zeros(size, np.int64)
         lengths[:count] = meta.seq_lens
         plan = np.empty(self._attention.plan_size(size), np.int32)
         self._attention.fill_plan(lengths, plan)
-        new = size not in self._graphs
-        if new:
-            self._graphs[size] = self._allocate(size, positions.device)
-        graph = self._graphs[size]
+        recorded = self._graphs.get(size)
+        graph = recorded or self._allocate(size, positions.device)
         torch._foreach_copy_(
             [graph.token_ids[:count], graph.positions[:count], graph.slots[:count]],
             [input_ids, positions, meta.slot_mapping],
@@ -113,18 +112,15 @@ class DecodeGraphs:
         if count < size:  # the slots of an earlier, fuller batch may be anybody's by now
             graph.slots[count:].zero_()
         upload(plan, graph.plan)
-        if new:
+        if recorded is None:
             graph.run = self._record(graph, size, table)
+            self._graphs[size] = graph  # not before: what raises while it is recorded must not be replayed
         return graph.run()[:count]
 
-    def _launch(self, input_ids: Tensor, positions: Tensor, meta: AttentionMetadata) -> Tensor:
-        """Kernel by kernel. A step may run again: it writes the same keys and values to the same slots."""
-        try:
-            return self._forward(input_ids, positions, meta)
-        except torch.OutOfMemoryError:
-            logger.warning("Out of memory in a step of %d tokens: once more, with freed memory", len(positions))
-        torch.cuda.empty_cache()
-        return self._forward(input_ids, positions, meta)
+    def release(self) -> None:
+        """Give back the memory of what is recorded. It is recorded anew when it is needed."""
+        self._graphs.clear()
+        self._table = None
 
     def _place_table(self, block_table: Tensor) -> Tensor:
         """Copy a step's block table to where the graphs read it; a wider one than ever before takes a new place."""
@@ -163,7 +159,11 @@ class DecodeGraphs:
         if self._capture is None:
             return work
         started = time.perf_counter()
-        replay, hidden = self._capture(work)
+        try:
+            replay, hidden = self._capture(work)
+        except torch.OutOfMemoryError:
+            logger.warning("No memory to record decode steps of %d rows: they are launched kernel by kernel", size)
+            return work
         logger.info("Recorded decode steps of up to %d rows: %.2f s", size, time.perf_counter() - started)
 
         def run() -> Tensor:
