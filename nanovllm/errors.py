@@ -33,5 +33,9 @@ class EngineGenerateError(RuntimeError):
     """One request met a fault inside the engine; the engine goes on."""
 
 
+class RequestTimeoutError(RuntimeError):
+    """A request had not ended by its deadline, and was aborted."""
+
+
 class StepError(RuntimeError):
     """A forward pass failed; its cause is attached. The requests in it have ended, the engine goes on."""

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm.config import EngineArgs, EngineConfig
+from nanovllm.engine.caller import ANYONE, Caller
 from nanovllm.engine.child_core import ChildCore
 from nanovllm.engine.core import Executor
 from nanovllm.engine.face import EngineFace, make_core
@@ -28,7 +29,7 @@ from nanovllm.engine.spawn import EngineProcess, spawn
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
 from nanovllm.engine.stream import Stream
 from nanovllm.engine.thread_core import Listener, ThreadCore
-from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError
+from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError, RequestTimeoutError
 from nanovllm.outputs import PoolingRequestOutput, RequestOutput
 from nanovllm.pooling_params import PoolingParams
 from nanovllm.sampling_params import SamplingParams
@@ -151,18 +152,23 @@ class AsyncLLM(EngineFace):
         request_id: str,
         *,
         priority: int = 0,
+        caller: Caller = ANYONE,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of a prompt. Leaving the iteration early aborts the request.
 
         Whoever reads slowly gets fewer outputs, with more in each; nothing is lost and nothing piles up.
 
+        Args:
+            caller: on whose behalf, and by when.
+
         Raises:
             ParameterError: the prompt or a parameter cannot be honoured.
+            RequestTimeoutError: the caller's deadline has passed.
             EngineGenerateError: a step with this request failed; the engine goes on.
             EngineDeadError: the engine has stopped; unless it is `errored`, it is being restarted.
         """
         params = sampling_params if sampling_params is not None else self.input.default_params()
-        return self._stream(partial(self.input.process, prompt, params), params, request_id, priority)
+        return self._stream(partial(self.input.process, prompt, params), params, request_id, priority, caller)
 
     def encode(
         self,
@@ -171,12 +177,19 @@ class AsyncLLM(EngineFace):
         request_id: str,
         *,
         priority: int = 0,
+        caller: Caller = ANYONE,
     ) -> AsyncGenerator[PoolingRequestOutput, None]:
         """The vector of a prompt, as a stream of one output. Raises what `generate` raises."""
-        return self._stream(partial(self.input.process_pooling, prompt, pooling_params), None, request_id, priority)
+        prepare = partial(self.input.process_pooling, prompt, pooling_params)
+        return self._stream(prepare, None, request_id, priority, caller)
 
     async def _stream(
-        self, prepare: Callable[[], EngineInput], params: SamplingParams | None, request_id: str, priority: int
+        self,
+        prepare: Callable[[], EngineInput],
+        params: SamplingParams | None,
+        request_id: str,
+        priority: int,
+        caller: Caller,
     ) -> AsyncGenerator[Any, None]:
         """A request's life. ``prepare`` checks and tokenises it; ``params``: as the user gave them, if he did."""
         arrival = time.monotonic()
@@ -185,10 +198,17 @@ class AsyncLLM(EngineFace):
             raise ParameterError("a request of this id is under way", "request_id", request_id)
         stream = self._streams[request_id] = Stream()
         reason = "abort"  # if it ends early
+        last: RequestOutput | PoolingRequestOutput | None = None  # its last output
+        timer: asyncio.TimerHandle | None = None
+        begun = False
         try:
-            await self.ready()
+            await self._ready_by(caller.deadline)
             prepared = await asyncio.to_thread(prepare)
             self._check_alive()
+            if caller.deadline is not None and time.monotonic() >= caller.deadline:
+                raise _time_is_up()
+            caller.begins(len(prepared.prompt_token_ids))
+            begun = True
             params = params or prepared.params
             ids = child_ids(request_id, prepared.params.n)
             self.output.add(request_id, prepared, params, ids, arrival)
@@ -196,7 +216,10 @@ class AsyncLLM(EngineFace):
                 await self.abort(request_id)
             else:
                 self.stats.add(ids, arrival)
-                self._core.send(Add(request_id, prepared, self._next_seed(), priority))
+                self._core.send(Add(request_id, prepared, self._next_seed(), priority, caller.tenant, caller.weight))
+            if caller.deadline is not None:
+                seconds = caller.deadline - time.monotonic()
+                timer = asyncio.get_running_loop().call_later(seconds, self._expire, request_id, ids)
             finished = False
             while not finished:
                 if stream.end is not None:
@@ -211,6 +234,7 @@ class AsyncLLM(EngineFace):
                     raise output
                 finished = output.finished
                 if finished:
+                    last = output
                     self.stats.finished(output, params)
                 if isinstance(output, RequestOutput):
                     _raise_if_failed(output)
@@ -218,11 +242,16 @@ class AsyncLLM(EngineFace):
                         return  # aborted: there is no vector
                 yield output
         finally:
+            if timer is not None:
+                timer.cancel()
             final = self._abort(request_id, reason)
             if final is not None and params is not None:
+                last = final
                 self.stats.finished(final, params)
             self._streams.pop(request_id, None)
             self._aborted.discard(request_id)
+            if begun:
+                caller.ended(last.metrics.num_generation_tokens if last is not None and last.metrics is not None else 0)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; their streams yield a final output with finish reason "abort". Unknown ids are passed over."""
@@ -286,6 +315,20 @@ class AsyncLLM(EngineFace):
             raise EngineDeadError("the engine was shut down")
         if self._core.error is not None:
             raise EngineDeadError(f"the engine has stopped after a fault: {self._core.error}") from self._core.error
+
+    async def _ready_by(self, deadline: float | None) -> None:
+        """`ready`, unless the deadline passes before."""
+        try:
+            waiting = None if self._ready or deadline is None else deadline - time.monotonic()
+            await (self.ready() if waiting is None else asyncio.wait_for(self.ready(), waiting))
+        except asyncio.TimeoutError:
+            raise _time_is_up() from None
+
+    def _expire(self, request_id: str, output_ids: list[str]) -> None:
+        """A deadline has passed. The core lets go of the request at once, however slowly its outputs are read."""
+        if self.output.is_running(request_id):
+            self._core.send(Finish(output_ids, "abort"))
+            self._streams[request_id].close(_time_is_up())
 
     def _listen(self) -> None:
         """Have the core's messages delivered to the running loop."""
@@ -391,6 +434,10 @@ class AsyncLLM(EngineFace):
         self._log_timer = None
         if self._log is not None and self._log.report():
             self._log_later()
+
+
+def _time_is_up() -> RequestTimeoutError:
+    return RequestTimeoutError("the request did not end in the time it had; it was aborted")
 
 
 def _raise_if_failed(output: RequestOutput) -> None:

@@ -61,7 +61,14 @@ class EngineLoop:
         core = self._core
         if isinstance(command, Add):
             try:
-                family = make_family(command.request_id, command.input, self._max_model_len, command.seed)
+                family = make_family(
+                    command.request_id,
+                    command.input,
+                    self._max_model_len,
+                    command.seed,
+                    command.tenant,
+                    command.weight,
+                )
                 core.add(family[0], command.priority, family[1:])
             except Exception as error:
                 update.refused.append((command.request_id, error))

@@ -22,11 +22,19 @@ def child_ids(request_id: str, count: int) -> list[str]:
     return [f"{index}_{request_id}" for index in range(count)]
 
 
-def make_family(request_id: str, prompt: EngineInput, max_model_len: int, default_seed: int) -> list[Request]:
+def make_family(
+    request_id: str,
+    prompt: EngineInput,
+    max_model_len: int,
+    default_seed: int,
+    tenant: str = "",
+    weight: float = 1.0,
+) -> list[Request]:
     """One request per output of the prompt, the first to compute the prompt for all.
 
     Args:
         default_seed: used if the parameters name none.
+        tenant, weight: of all of them; see `Request`.
     """
     params = prompt.params
     seed = default_seed if params.seed is None else params.seed % 2**64
@@ -50,6 +58,8 @@ def make_family(request_id: str, prompt: EngineInput, max_model_len: int, defaul
                 pooling=None if prompt.pooling is None else prompt.pooling.method,
                 seed=seed if index == 0 else derive_seed(seed, index),
                 cache_salt=prompt.cache_salt,
+                tenant=tenant,
+                weight=weight,
             )
         )
     return family

@@ -27,6 +27,8 @@ class Add:
     input: EngineInput
     seed: int  # 64 bits, used if the parameters name none
     priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(slots=True)

@@ -217,6 +217,11 @@ class OutputProcessor:
             child.heard_of = True
             request.stats.first_token_ts = request.stats.first_token_ts or now
 
+    def is_running(self, request_id: str) -> bool:
+        """Whether more tokens are expected for a request."""
+        request = self._requests.get(request_id)
+        return request is not None and request.unfinished > 0
+
     def is_due(self, request_id: str) -> bool:
         """Whether there is something to hand out."""
         request = self._requests.get(request_id)
