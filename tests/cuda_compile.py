@@ -10,6 +10,7 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from paged import make_metadata
@@ -20,6 +21,7 @@ from nanovllm.ops import torch_operators
 from nanovllm.ops.cuda.attention import TritonAttention
 from nanovllm.ops.cuda.elementwise import CudaElementwise
 from nanovllm.ops.cuda.linear import CudaLinear
+from nanovllm.ops.cuda.penalties import penalise
 from nanovllm.ops.cuda.sampling import Choices, choose
 
 
@@ -84,6 +86,9 @@ def compile_all(capability: int, shared_memory: int, dtype: torch.dtype) -> list
     numbers = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     choices = Choices(numbers[0], numbers[1].int(), numbers[0], numbers[0], numbers[1], numbers[1])
     choose(torch.zeros(4, 151_936), choices)
+    which = np.arange(4)
+    amounts = np.full(4, 0.5, np.float32)
+    penalise(torch.zeros(4, 151_936), torch.zeros(4, 64).int(), which, which, which + 9, which, *[amounts] * 3)
     return compiled
 
 

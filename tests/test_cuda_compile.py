@@ -15,10 +15,11 @@ pytest.importorskip("triton")
 KERNELS = {
     "_rms_norm", "_gated", "_norm_rotate_write", "_copy_blocks", "decode_kernel", "merge_kernel", "tile_kernel",
     "_product", "_quantize_rows", "_summarise", "_choose",
+    "_penalise",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 163), (90, 227)])
+@pytest.mark.parametrize(("capability", "shared_memory"), [(80, 163), (90, 227), (100, 227)])
 def test_every_kernel_compiles_and_fits(capability: int, shared_memory: int, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("cuda_compile.py")

@@ -17,6 +17,10 @@ Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]  # input_ids, po
 # logits float32 [S, V], then arrays [S]: temperature (0: greedy), top_k (0: off), top_p, min_p, seeds uint64, positions
 # -> tokens int64 [S]. The meaning is that of runner/choice.py.
 Choose = Callable[[Tensor, Array, Array, Array, Array, Array, Array], Tensor]
+# logits float32 [S, V], changed in place; the token table int32 [max_rows, width]; then arrays [n], one entry for each
+# row of logits concerned: its number, its row of the table, the position to be chosen, its prompt's length (int64),
+# repetition (1: off), frequency and presence (0: off; float32). The meaning is that of runner/logit_rules.py.
+Penalise = Callable[[Tensor, Tensor, Array, Array, Array, Array, Array, Array, Array], None]
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,4 @@ class Operators:
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
     record: Callable[..., Forward | None]
     choose: Choose | None = None  # None: runner/choice.py, with torch
+    penalise: Penalise | None = None  # None: runner/logit_rules.py, with torch

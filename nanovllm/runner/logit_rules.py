@@ -11,17 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.ops.operators import Penalise
 from nanovllm.runner.ragged import Array, ragged_ranges, to_device
 from nanovllm.runner.sampling_state import ALLOWED, BAD_WORDS, BIAS, FREQUENCY, MIN_TOKENS, REPETITION, SamplingState
 
 
-def apply_logit_rules(logits: Tensor, state: SamplingState, rows: Array, positions: Array, tokens: Tensor) -> None:
+def apply_logit_rules(
+    logits: Tensor,
+    state: SamplingState,
+    rows: Array,
+    positions: Array,
+    tokens: Tensor,
+    penalise: Penalise | None = None,
+) -> None:
     """Change ``logits`` [S, V] (float32, contiguous) in place, in vLLM's order.
 
     Args:
         rows: int64 [S], the table row of each row of logits.
         positions: int64 [S], position of the token to be chosen; the row's history is what comes before.
         tokens: the token table, [max_rows, width].
+        penalise: the device's own way of applying penalties; None: ours.
     """
     features = state.features[rows]
     active = int(np.bitwise_or.reduce(features))
@@ -35,6 +44,21 @@ def apply_logit_rules(logits: Tensor, state: SamplingState, rows: Array, positio
         batch.ban_stops(np.flatnonzero((features & MIN_TOKENS > 0) & young))
     if active & BIAS:
         batch.add_bias(np.flatnonzero(features & BIAS))
+    if penalise is not None and active & (REPETITION | FREQUENCY):
+        which = np.flatnonzero(features & (REPETITION | FREQUENCY))
+        concerned = rows[which]
+        penalise(
+            logits,
+            tokens,
+            which,
+            concerned,
+            positions[which],
+            state.num_prompt[concerned],
+            state.repetition[concerned],
+            state.frequency[concerned],
+            state.presence[concerned],
+        )
+        return
     if active & REPETITION:
         batch.penalise_repetition(np.flatnonzero(features & REPETITION))
     if active & FREQUENCY:

@@ -100,7 +100,9 @@ class ModelRunner:
         log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
 
         self.batch = InputBatch(max_rows, block_size, self.device)
-        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode, self.ops.choose)
+        self.sampler = Sampler(
+            max_rows, self.model.vocab_size, model.logprobs_mode, self.ops.choose, self.ops.penalise
+        )
         self.guidance = Guidance(model)
         self.pooler = Pooler()
         # row -> (number of likeliest, ids asked for by name, prompt length)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.plan import RowStart, TokenLogprobs
-from nanovllm.ops.operators import Choose
+from nanovllm.ops.operators import Choose, Penalise
 from nanovllm.runner.blocks import argmax
 from nanovllm.runner.choice import keep_likeliest, sample_plain, sample_top_k, sample_top_p
 from nanovllm.runner.logit_rules import apply_logit_rules
@@ -26,11 +26,18 @@ class Sampler:
         vocab_size: V.
         logprobs_mode: what logprobs hold: "raw_logprobs" and "raw_logits" are the model's own, "processed_logprobs"
             and "processed_logits" those after penalties, temperature and filters.
-        choose: the device's own way of choosing, an operator (``Operators.choose``); None: ours.
+        choose, penalise: the device's own way of choosing and of applying penalties, operators; None: ours.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, logprobs_mode: str, choose: Choose | None = None) -> None:
-        self._choose_on_device = choose
+    def __init__(
+        self,
+        max_rows: int,
+        vocab_size: int,
+        logprobs_mode: str,
+        choose: Choose | None = None,
+        penalise: Penalise | None = None,
+    ) -> None:
+        self._choose_on_device, self._penalise = choose, penalise
         self.state = SamplingState(max_rows, vocab_size)
         self.vocab_size = vocab_size
         stage, self._scale = logprobs_mode.split("_")
@@ -62,7 +69,7 @@ class Sampler:
         if len(wanted) and not self._processed:
             scores = logits.index_select(0, to_device(wanted, logits.device))
         if (features & ~LOGPROBS).any():
-            apply_logit_rules(logits, self.state, rows, positions, tokens)
+            apply_logit_rules(logits, self.state, rows, positions, tokens, self._penalise)
         if forced is not None:
             logits.view(-1).index_fill_(0, forced, 0.0)
         if len(wanted) and self._processed:

@@ -70,6 +70,7 @@ def operators(
     from nanovllm.ops.cuda.attention import TritonAttention
     from nanovllm.ops.cuda.elementwise import CudaElementwise
     from nanovllm.ops.cuda.linear import CudaLinear
+    from nanovllm.ops.cuda.penalties import penalise
     from nanovllm.ops.cuda.sampling import choose_tokens
     from nanovllm.ops.cuda.varlen import VarlenAttention
 
@@ -93,6 +94,7 @@ def operators(
         paged_attention=attention.paged_attention,
         record=partial(_record, attention),
         choose=choose_tokens,
+        penalise=penalise,
     )
 
 
