@@ -1,0 +1,395 @@
+/* Streams and events: queues of tasks, and the one place that runs them.
+ *
+ * Two schedules. Eager (the default): a task runs when it is submitted, unless its stream waits for something. Lazy
+ * (EMULATED_NPU_LAZY=1): nothing runs before somebody synchronises, and then streams take turns in an order drawn from
+ * EMULATED_NPU_SEED, no further than the synchronisation needs. An ordering that only luck provided shows as a wrong
+ * answer. A synchronisation that nothing could ever satisfy is an error instead of a hang.
+ */
+#include "emulated.h"
+#include <time.h>
+#include <unistd.h>
+
+pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t state_changed = PTHREAD_COND_INITIALIZER;
+static Stream *all_streams;
+static Stream *default_streams[16];
+static int streams_used, next_stream_id;
+static uint64_t random_state;
+
+static int lazy(void) {
+    static int known = -1;
+    if (known < 0) known = setting("EMULATED_NPU_LAZY", 0) != 0;
+    return known;
+}
+
+static uint32_t draw(uint32_t below) {
+    if (!random_state) random_state = 0x9E3779B97F4A7C15ull * (uint64_t)(setting("EMULATED_NPU_SEED", 0) + 1);
+    random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+    return (uint32_t)(random_state >> 32) % below;
+}
+
+/* ---- tasks ---- */
+
+Task *new_task(int kind) {
+    Task *task = calloc(1, sizeof *task);
+    task->kind = kind;
+    task->references = 1;
+    task->slot = -1;
+    return task;
+}
+
+void release_task(Task *task) {
+    if (--task->references) return;
+    if (task->work.release) task->work.release(task->work.arg);
+    free(task);
+}
+
+void stream_append(Stream *stream, Task *task, Graph *replay_of) {
+    Node *node = calloc(1, sizeof *node);
+    *node = (Node){task, replay_of, NULL};
+    if (stream->tail) stream->tail->next = node; else stream->head = node;
+    stream->tail = node;
+}
+
+/* ---- the executor; the lock is held, except while work runs ---- */
+
+static uint64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000ull + time.tv_nsec;
+}
+
+static int ready(const Stream *stream) {
+    if (!stream->head || stream->busy) return 0;
+    const Node *node = stream->head;
+    const Task *task = node->task;
+    if (task->kind == LAUNCH) return task->graph->pending == 0;
+    if (task->kind == WAIT) {
+        if (task->slot >= 0) return node->replay_of->reached[task->slot];
+        if (task->event->flags & ACL_EVENT_EXTERNAL) return task->event->is_set;
+        return task->event->done >= task->sequence;
+    }
+    if (task->kind == VALUE_WAIT) {
+        uint64_t found = *task->address;
+        switch (task->comparison) {
+            case ACL_STREAM_WAIT_VALUE_GEQ: return found >= task->value;
+            case ACL_STREAM_WAIT_VALUE_EQ: return found == task->value;
+            case ACL_STREAM_WAIT_VALUE_AND: return (found & task->value) != 0;
+            default: return ~(found | task->value) != 0;
+        }
+    }
+    return 1;
+}
+
+static aclError run_work(Stream *stream, Task *task) {
+    task->references++;
+    stream->busy = 1;
+    Work work = task->work;
+    pthread_mutex_unlock(&state_lock);
+    aclError error = work.run(work.arg);
+    pthread_mutex_lock(&state_lock);
+    stream->busy = 0;
+    release_task(task);
+    pthread_cond_broadcast(&state_changed);
+    return error;
+}
+
+/* Runs the task at the head of a ready stream. */
+static aclError step(Stream *stream) {
+    Node *node = stream->head;
+    Task *task = node->task;
+    aclError error = ACL_SUCCESS;
+    stream->head = node->next;
+    if (!stream->head) stream->tail = NULL;
+    switch (task->kind) {
+        case WORK: error = run_work(stream, task); break;
+        case RECORD:
+            if (task->slot >= 0) { node->replay_of->reached[task->slot] = 1; break; }
+            if (task->event->done < task->sequence) task->event->done = task->sequence;
+            task->event->is_set = 1;
+            task->event->nanoseconds = now();
+            break;
+        case RESET: task->event->is_set = 0; break;
+        case VALUE_WRITE: *task->address = task->value; break;
+        case LAUNCH: error = graph_expand(stream, task); break;
+        case UPDATE: {
+            Work old = task->target->work;
+            task->target->work = task->work;
+            task->work = old; /* released with this task */
+            break;
+        }
+        case WAIT:
+        case VALUE_WAIT: break;
+    }
+    if (node->replay_of) node->replay_of->pending--;
+    release_task(task);
+    free(node);
+    if (error) stream->error = error;
+    return error;
+}
+
+static Stream *pick_ready(void) {
+    int count = 0;
+    for (Stream *stream = all_streams; stream; stream = stream->next) count += ready(stream);
+    if (!count) return NULL;
+    int choice = lazy() ? (int)draw(count) : 0;
+    for (Stream *stream = all_streams; stream; stream = stream->next)
+        if (ready(stream) && choice-- == 0) return stream;
+    return NULL;
+}
+
+static int somebody_busy(void) {
+    for (Stream *stream = all_streams; stream; stream = stream->next)
+        if (stream->busy) return 1;
+    return 0;
+}
+
+/* Runs tasks until done(what). Reports the error of a stream that was synchronised with. */
+static aclError run_until(int (*done)(const void *), const void *what, const char *name) {
+    while (!done(what)) {
+        Stream *stream = pick_ready();
+        if (stream) step(stream);
+        else if (somebody_busy()) pthread_cond_wait(&state_changed, &state_lock);
+        else
+            return fail(ACL_ERROR_RT_TASK_TIMEOUT,
+                        "%s would DEADLOCK: every stream with tasks left waits for an event or value that nothing "
+                        "submitted so far will set (was event.record() or the graph's task update forgotten?)", name);
+    }
+    return ACL_SUCCESS;
+}
+
+static int stream_empty(const void *what) { return !((const Stream *)what)->head && !((const Stream *)what)->busy; }
+
+aclError drain_stream(Stream *stream) {
+    aclError error = run_until(stream_empty, stream, "synchronising a stream");
+    if (!error) error = stream->error;
+    stream->error = ACL_SUCCESS;
+    return error;
+}
+
+/* ---- submission ---- */
+
+aclError submit(aclrtStream handle, Task *task) {
+    pthread_mutex_lock(&state_lock);
+    Stream *stream = stream_of(handle);
+    aclError error = ACL_SUCCESS;
+    if (task->kind == WAIT) join_if_captured(stream, task->event);
+    if (stream->update && task->kind == WORK) error = group_replace(stream, task);
+    else if (stream->capture) error = graph_record(stream, task);
+    else stream_append(stream, task, NULL);
+    if (!error && !lazy()) {
+        Stream *next;
+        while ((next = pick_ready())) step(next);
+        error = stream->error;
+        stream->error = ACL_SUCCESS;
+    }
+    pthread_mutex_unlock(&state_lock);
+    return error;
+}
+
+aclError submit_work(aclrtStream stream, Work work) {
+    Task *task = new_task(WORK);
+    task->work = work;
+    return submit(stream, task);
+}
+
+/* ---- streams ---- */
+
+aclError reserve_streams(int count) {
+    long most = setting("EMULATED_NPU_STREAMS", 1984);
+    if (streams_used + count > most)
+        return fail(ACL_ERROR_RT_NO_STREAM_RESOURCE, "no stream resource: the device has %ld streams, all in use "
+                    "(every captured graph keeps its own)", most);
+    streams_used += count;
+    return ACL_SUCCESS;
+}
+
+void release_streams(int count) { streams_used -= count; }
+
+Stream *new_stream(void) {
+    Stream *stream = calloc(1, sizeof *stream);
+    stream->id = next_stream_id++;
+    stream->device = current_device();
+    Stream **last = &all_streams;
+    while (*last) last = &(*last)->next;
+    *last = stream;
+    return stream;
+}
+
+void delete_stream(Stream *stream) {
+    Stream **link = &all_streams;
+    while (*link && *link != stream) link = &(*link)->next;
+    if (*link) *link = stream->next;
+    free(stream);
+}
+
+Stream *stream_of(aclrtStream handle) {
+    if (handle) return handle;
+    int device = current_device();
+    if (!default_streams[device]) default_streams[device] = new_stream();
+    return default_streams[device];
+}
+
+API aclError aclrtCreateStreamWithConfig(aclrtStream *handle, uint32_t priority, uint32_t flags) {
+    (void)priority, (void)flags;
+    pthread_mutex_lock(&state_lock);
+    aclError error = reserve_streams(1);
+    if (!error) *handle = new_stream();
+    pthread_mutex_unlock(&state_lock);
+    return error;
+}
+
+API aclError aclrtCreateStream(aclrtStream *handle) { return aclrtCreateStreamWithConfig(handle, 0, 0); }
+
+API aclError aclrtDestroyStream(aclrtStream handle) {
+    pthread_mutex_lock(&state_lock);
+    aclError error = drain_stream(handle);
+    delete_stream(handle);
+    release_streams(1);
+    pthread_mutex_unlock(&state_lock);
+    return error;
+}
+
+API aclError aclrtDestroyStreamForce(aclrtStream handle) { return aclrtDestroyStream(handle); }
+
+API aclError aclrtStreamGetId(aclrtStream handle, int32_t *id) {
+    *id = stream_of(handle)->id;
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtSynchronizeStreamWithTimeout(aclrtStream handle, int32_t timeout) {
+    (void)timeout;
+    pthread_mutex_lock(&state_lock);
+    Stream *stream = stream_of(handle);
+    aclError error;
+    if (stream->capture) {
+        stream->capture->invalid = 1;
+        error = fail(ACL_ERROR_RT_STREAM_CAPTURED, "a stream cannot be synchronised while it is being captured");
+    } else {
+        error = drain_stream(stream);
+    }
+    pthread_mutex_unlock(&state_lock);
+    return error;
+}
+
+API aclError aclrtSynchronizeStream(aclrtStream handle) { return aclrtSynchronizeStreamWithTimeout(handle, -1); }
+
+API aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
+    (void)timeout;
+    if (capture_active()) return fail(ACL_ERROR_RT_STREAM_CAPTURED, "the device cannot be synchronised while a stream is being captured");
+    pthread_mutex_lock(&state_lock);
+    aclError error = ACL_SUCCESS;
+    int device = current_device();
+    for (Stream *stream = all_streams; stream && !error; stream = stream->next)
+        if (stream->device == device) error = drain_stream(stream);
+    pthread_mutex_unlock(&state_lock);
+    return error;
+}
+
+API aclError aclrtSynchronizeDevice(void) { return aclrtSynchronizeDeviceWithTimeout(-1); }
+
+API aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus *status) {
+    pthread_mutex_lock(&state_lock);
+    *status = stream_empty(stream_of(handle)) ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
+    pthread_mutex_unlock(&state_lock);
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtLaunchHostFunc(aclrtStream handle, void (*function)(void *), void *arg) {
+    union { void (*given)(void *); int (*run)(void *); } cast = {function};
+    return submit_work(handle, (Work){"host function", cast.run, NULL, arg});
+}
+
+/* ---- events ---- */
+
+API aclError aclrtCreateEventExWithFlag(aclrtEvent *handle, uint32_t flags) {
+    Event *event = calloc(1, sizeof *event);
+    event->flags = flags;
+    *handle = event;
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtCreateEventWithFlag(aclrtEvent *handle, uint32_t flags) {
+    return aclrtCreateEventExWithFlag(handle, flags);
+}
+
+API aclError aclrtDestroyEvent(aclrtEvent handle) {
+    (void)handle; /* tasks in flight may name it; a few bytes per event are kept instead of counted */
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
+    Task *task = new_task(RECORD);
+    task->event = handle;
+    pthread_mutex_lock(&state_lock);
+    task->sequence = stream_of(stream)->capture ? 0 : ++task->event->submitted;
+    if (task->sequence) task->event->graph = NULL;
+    pthread_mutex_unlock(&state_lock);
+    return submit(stream, task);
+}
+
+API aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
+    Task *task = new_task(WAIT);
+    task->event = handle;
+    task->sequence = task->event->submitted;
+    return submit(stream, task);
+}
+
+API aclError aclrtResetEvent(aclrtEvent handle, aclrtStream stream) {
+    Task *task = new_task(RESET);
+    task->event = handle;
+    return submit(stream, task);
+}
+
+static int event_done(const void *what) { return ((const Event *)what)->done >= ((const Event *)what)->submitted; }
+
+API aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus *status) {
+    pthread_mutex_lock(&state_lock);
+    *status = event_done(handle) ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+    pthread_mutex_unlock(&state_lock);
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus *status) {
+    pthread_mutex_lock(&state_lock);
+    *status = event_done(handle) ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
+    pthread_mutex_unlock(&state_lock);
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtSynchronizeEvent(aclrtEvent handle) {
+    pthread_mutex_lock(&state_lock);
+    aclError error = run_until(event_done, handle, "synchronising an event");
+    pthread_mutex_unlock(&state_lock);
+    return error;
+}
+
+API aclError aclrtEventElapsedTime(float *milliseconds, aclrtEvent start, aclrtEvent end) {
+    const Event *first = start, *last = end;
+    *milliseconds = (float)((double)(last->nanoseconds - first->nanoseconds) * 1e-6);
+    return ACL_SUCCESS;
+}
+
+API aclError aclrtEventGetTimestamp(aclrtEvent handle, uint64_t *microseconds) {
+    *microseconds = ((Event *)handle)->nanoseconds / 1000;
+    return ACL_SUCCESS;
+}
+
+/* ---- values in device memory ---- */
+
+static aclError submit_value(int kind, void *address, uint64_t value, uint32_t comparison, aclrtStream stream) {
+    Task *task = new_task(kind);
+    task->address = address;
+    task->value = value;
+    task->comparison = comparison;
+    return submit(stream, task);
+}
+
+API aclError aclrtValueWrite(void *address, uint64_t value, uint32_t flag, aclrtStream stream) {
+    (void)flag;
+    return submit_value(VALUE_WRITE, address, value, 0, stream);
+}
+
+API aclError aclrtValueWait(void *address, uint64_t value, uint32_t flag, aclrtStream stream) {
+    return submit_value(VALUE_WAIT, address, value, flag, stream);
+}
