@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 from nanovllm.ops import Operators, cuda, torch_operators
-from nanovllm.ops.cuda.graphs import Work
+from nanovllm.ops.graphs import Work
 from nanovllm.platforms import CpuPlatform
 
 HARDWARE = cuda.Hardware((9, 0), 1, 100_000)
@@ -46,7 +46,7 @@ class FakeCapture:
     def __init__(self) -> None:
         self.captures = self.replays = 0
 
-    def __call__(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Work, plan: object = None) -> tuple[Callable[[], None], Tensor]:
         work()
         tape = Tape()
         with tape.recording():

@@ -20,9 +20,11 @@ from tiny_models import make_checkpoint
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.models import Decoder
-from nanovllm.ops.cuda import attention, graphs
+from nanovllm.ops import graphs
+from nanovllm.ops.cuda import attention
 from nanovllm.ops.cuda.attention import Tiles, TritonAttention
-from nanovllm.ops.cuda.graphs import BUCKETS, DecodeGraphs
+from nanovllm.ops.cuda.graphs import DecodePlans
+from nanovllm.ops.graphs import BUCKETS, DecodeGraphs
 
 BLOCK = 4
 
@@ -54,7 +56,7 @@ class Steps:
         planner = TritonAttention(HARDWARE.multiprocessors, HARDWARE.shared_memory)
         self.forward: Callable[..., Tensor] = self._plain
         if wrap:
-            self.forward = DecodeGraphs(self._plain, planner, capture, max_tokens, BLOCK)
+            self.forward = DecodeGraphs(self._plain, DecodePlans(planner), capture, max_tokens, BLOCK)
 
     def _plain(self, ids: Tensor, positions: Tensor, meta: Any) -> Tensor:
         return self.model.forward(ids, positions, self.caches, meta)
@@ -120,7 +122,7 @@ class FullMemory(FakeCapture):
         super().__init__()
         self.errors = [error] * times
 
-    def __call__(self, work: graphs.Work) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: graphs.Work, plan: object = None) -> tuple[Callable[[], None], Tensor]:
         if self.errors:
             work()
             raise self.errors.pop()
@@ -189,7 +191,7 @@ def engine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., L
     monkeypatch.setattr("nanovllm.platforms.get_platform", lambda device: FakeGpu())
     monkeypatch.setattr("nanovllm.runner.model_runner.get_platform", lambda device: FakeGpu())
     monkeypatch.setattr("nanovllm.runner.model_runner.operator_table", fake_operators)
-    monkeypatch.setattr(graphs, "CudaCapture", FakeCapture)
+    monkeypatch.setattr("nanovllm.ops.cuda.graphs.CudaCapture", FakeCapture)
     settings = {"block_size": BLOCK, "max_num_seqs": 3, "dtype": "float32", "skip_tokenizer_init": True}
 
     def make(**options: Any) -> LLM:

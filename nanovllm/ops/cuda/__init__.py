@@ -13,7 +13,7 @@ from nanovllm.ops.operators import Forward, Operators
 
 if TYPE_CHECKING:
     from nanovllm.ops.cuda.attention import TritonAttention
-    from nanovllm.ops.cuda.graphs import DecodeGraphs
+    from nanovllm.ops.graphs import DecodeGraphs
 
 __all__ = ["ATTENTION_BACKENDS", "Hardware", "operators"]
 
@@ -102,9 +102,10 @@ def _record(
     attention: TritonAttention, forward: Forward, max_tokens: int, block_size: int, eager: bool = False
 ) -> DecodeGraphs:
     """See ``reference.record``; eager steps see the same padded batches, so that their results are the same."""
-    from nanovllm.ops.cuda.graphs import CudaCapture, DecodeGraphs
+    from nanovllm.ops.cuda.graphs import CudaCapture, DecodePlans
+    from nanovllm.ops.graphs import DecodeGraphs
 
-    return DecodeGraphs(forward, attention, None if eager else CudaCapture(), max_tokens, block_size)
+    return DecodeGraphs(forward, DecodePlans(attention), None if eager else CudaCapture(), max_tokens, block_size)
 
 
 def _why_no_triton(hardware: Hardware) -> str | None:
