@@ -32,6 +32,8 @@ EXPECTED = {
     "nanovllm bench latency --back": set(),
     "nanovllm bench latency --use-b": {"--use-beam-search"},
     "nanovllm bench latency --swap": set(),  # taken, but not advertised
+    "nanovllm d": {"doctor"},
+    "nanovllm doctor --device ": {"auto", "cpu", "cuda", "npu"},
     "nanovllm completion ": set(SHELLS),
 }
 

@@ -40,7 +40,7 @@ def test_parameters_and_configuration_need_no_heavy_library():
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["generate", "--help"], ["collect-env", "--help"]],
+    [[], ["--help"], ["--version"], ["generate", "--help"], ["collect-env", "--help"], ["doctor", "--help"]],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )
 def test_the_command_answers_without_heavy_libraries(arguments: list[str]):

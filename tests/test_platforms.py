@@ -110,16 +110,16 @@ def test_an_unlimited_control_group_is_no_limit(tmp_path: Path) -> None:
 def test_threads_stay_within_the_quota_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     monkeypatch.setattr(cpu, "_cgroup_folders", lambda: [tmp_path])
-    assert cpu._usable_cores() == 1
+    assert cpu.usable_cores() == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cpu._usable_cores() >= 1
+    assert cpu.usable_cores() >= 1
 
 
 def test_omp_num_threads_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        monkeypatch.setattr(cpu, "_usable_cores", lambda: 7)
+        monkeypatch.setattr(cpu, "usable_cores", lambda: 7)
         assert get_platform("cpu").set_threads() == before
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert get_platform("cpu").set_threads() == 7

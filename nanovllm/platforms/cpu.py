@@ -93,7 +93,7 @@ class CpuPlatform:
         import torch
 
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(_usable_cores())
+            torch.set_num_threads(usable_cores())
         return torch.get_num_threads()
 
     @contextmanager
@@ -184,7 +184,7 @@ def _cgroup_memory_left(folder: Path) -> int | None:
     return None
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Physical cores in this process's affinity mask, at most the container's CPU quota."""
     if not hasattr(os, "sched_getaffinity"):
         return max(1, (os.cpu_count() or 1))

@@ -44,6 +44,15 @@ def visible_gpus() -> tuple[Gpu, ...]:
     return tuple(_describe(library, number) for number in range(count.value))
 
 
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA the driver can run, such as (13, 0); None without a driver."""
+    library = _load_driver()
+    version = ctypes.c_int()
+    if library is None or library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
 def torch_is_built_for_cuda() -> bool:
     """Whether the installed torch has CUDA, from its files: torch is not imported."""
     if "torch" in sys.modules:

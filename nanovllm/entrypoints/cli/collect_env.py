@@ -7,12 +7,10 @@ that a broken one can neither crash nor hang the report.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import __version__
+from nanovllm.entrypoints.doctor import ascend, probes
 
 PACKAGES = (
     "torch", "torch_npu", "triton", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm",
@@ -40,33 +39,6 @@ _VARIABLES = re.compile(
 )
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
 _HARMLESS = re.compile(r"TOKENIZERS_.*", re.IGNORECASE)
-
-_PROBE_TORCH = """
-import json, torch
-devices = []
-if torch.cuda.is_available():
-    for index in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(index)
-        devices.append(f"{p.name}, {p.total_memory / 2**30:.1f} GiB, compute capability {p.major}.{p.minor}")
-print(json.dumps({
-    "version": torch.__version__,
-    "CUDA build": torch.version.cuda,
-    "CUDA devices": devices,
-    "threads": torch.get_num_threads(),
-    "CPU capability": torch.backends.cpu.get_cpu_capability(),
-    "oneDNN": torch.backends.mkldnn.is_available(),
-    "build": " ".join(torch.__config__.show().partition("- Build settings")[0].split()),
-}))
-"""
-
-_PROBE_NPU = """
-import json, torch, torch_npu
-count = torch.npu.device_count() if torch.npu.is_available() else 0
-print(json.dumps({
-    "version": torch_npu.__version__,
-    "devices": [torch.npu.get_device_name(index) for index in range(count)],
-}))
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +65,7 @@ def collect() -> dict[str, Any]:
         "CPU": _cpu,
         "memory": _memory,
         "packages": lambda: {name: _version(name) for name in PACKAGES},
-        "torch": lambda: _probe(_PROBE_TORCH),
+        "torch": lambda: _answer(probes.TORCH),
         "GPU": _gpu,
         "NPU": _npu,
         "environment": _environment,
@@ -183,27 +155,14 @@ def _gpu() -> dict[str, Any]:
 
 
 def _npu() -> Any:
-    toolkit = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-    found: dict[str, Any] = {"toolkit": toolkit, "device files": sorted(map(str, Path("/dev").glob("davinci[0-9]*")))}
-    if importlib.util.find_spec("torch_npu") is None:
-        return {**found, "torch_npu": "not installed"}
-    return {**found, "torch_npu": _probe(_PROBE_NPU)}
+    version = ascend.torch_npu_version()
+    return {**ascend.facts(), "torch_npu": "not installed" if version is None else _answer(probes.NPU)}
 
 
-def _probe(code: str) -> Any:
-    """Run ``code`` in another Python and read the JSON it prints; a text that says what went wrong if it cannot."""
-    # Device plug-ins are not loaded by importing torch: each is asked by itself.
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "did not answer within two minutes"
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return f"failed with exit code {done.returncode}: {lines[-1]}"
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def _answer(code: str) -> Any:
+    """What another Python answers; a text that says what went wrong if it cannot."""
+    answer = probes.ask(code)
+    return answer.failure if answer.value is None else answer.value
 
 
 def _environment() -> dict[str, str]:

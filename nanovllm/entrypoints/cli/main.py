@@ -23,6 +23,7 @@ COMMANDS = {
     "complete": ("nanovllm.entrypoints.cli.complete", "continue texts, in this process or on a server"),
     "run-batch": ("nanovllm.entrypoints.cli.run_batch", "answer a file of API requests, in this process"),
     "bench": ("nanovllm.entrypoints.cli.bench", "measure throughput, latency, start-up, or a server"),
+    "doctor": ("nanovllm.entrypoints.cli.doctor", "say what keeps the engine from running here, and what to do"),
     "collect-env": ("nanovllm.entrypoints.cli.collect_env", "describe this machine and installation for a bug report"),
     "completion": ("nanovllm.entrypoints.cli.completion", "print a script that completes this command in a shell"),
 }
