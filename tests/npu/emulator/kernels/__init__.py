@@ -5,8 +5,8 @@ shared code with what it tests would only repeat its mistakes.
 """
 
 from . import (  # noqa: F401  (importing registers)
-    attention,
     atb,
+    attention,
     copying,
     elementwise,
     indexing,

@@ -60,6 +60,14 @@ def view_of_memory(address: int, size: int) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)
 
 
+def set_view_shape(tensor: torch.Tensor, sizes: Any) -> None:
+    """Operators with outputs of unknown size tell it through the output's descriptor, after running."""
+    record = _Tensor.from_address(tensor.descriptor)
+    record.dims = len(sizes)
+    for i, size in enumerate(sizes):
+        record.sizes[i] = size
+
+
 def _expect(address: int, kind: int, what: str) -> None:
     if ctypes.c_uint32.from_address(address).value != kind:
         raise ArgumentError(f"{what} expected, found another kind of object (or one that was destroyed)")
@@ -88,6 +96,7 @@ def _tensor(address: int) -> torch.Tensor:
     if not _library.emulated_is_device_memory(ctypes.c_void_p(start), ctypes.c_size_t(size)):
         raise ArgumentError(f"a tensor of {sizes} {kind} at {start:#x} reaches outside device memory")
     view = view_of_memory(start, size).view(kind).as_strided(sizes, strides)
+    view.descriptor = address
     if nz:
         view.nz_of = logical  # tiled storage; kernels that read it say so
     return view

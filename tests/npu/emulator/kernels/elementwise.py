@@ -66,6 +66,11 @@ def inplace_subs(self: Tensor, other: Scalar, alpha: Scalar) -> None:
     self.copy_(torch.sub(self, other, alpha=alpha))
 
 
+@operator("Rsub", check=check_binary)
+def rsub(self: Tensor, other: Tensor, alpha: Scalar, out: Tensor) -> None:
+    out.copy_(torch.rsub(self, other, alpha=alpha))
+
+
 @operator("Rsubs")
 def rsubs(self: Tensor, other: Scalar, alpha: Scalar, out: Tensor) -> None:
     out.copy_(torch.rsub(self, other, alpha=alpha))
@@ -134,6 +139,8 @@ for _name, _compute in {
     "BitwiseAndScalar": torch.bitwise_and,
     "BitwiseOrScalar": torch.bitwise_or,
     "BitwiseXorScalar": torch.bitwise_xor,
+    "LeftShifts": torch.bitwise_left_shift,
+    "RightShifts": torch.bitwise_right_shift,
     "EqScalar": torch.eq,
     "NeScalar": torch.ne,
     "LtScalar": torch.lt,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .decode import Ints, Scalar, Tensor, dtype
+from .decode import Ints, Scalar, Tensor, dtype, set_view_shape
 from .registry import operator, require
 
 
@@ -106,6 +106,13 @@ def topk(self: Tensor, k: int, dim: int, largest: bool, sort: bool, values: Tens
     values.copy_(found), indices.copy_(where)
 
 
+@operator("TopkV2")
+def topk_v2(
+    self: Tensor, k: int, dim: int, largest: bool, sort: bool, stable: bool, values: Tensor, indices: Tensor
+) -> None:
+    topk(self, k, dim, largest, sort, values, indices)
+
+
 @operator("Sort")
 def sort(self: Tensor, stable: bool, dim: int, descending: bool, values: Tensor, indices: Tensor) -> None:
     found, where = self.sort(stable=True, dim=dim, descending=descending)
@@ -131,3 +138,37 @@ def variance(self: Tensor, dims: Ints | None, correction: int, keep: bool, out: 
 def nonzero(self: Tensor, out: Tensor) -> None:
     found = self.nonzero()
     out[: len(found)].copy_(found)
+    set_view_shape(out, found.shape)
+
+
+@operator("NonzeroV2")
+def nonzero_v2(self: Tensor, out: Tensor) -> None:
+    found = self.nonzero().T
+    out.reshape(-1)[: found.numel()].copy_(found.reshape(-1))
+    set_view_shape(out, found.shape)
+
+
+@operator("Unique2")
+def unique2(
+    self: Tensor, sort: bool, with_inverse: bool, with_counts: bool, values: Tensor, inverse: Tensor, counts: Tensor
+) -> None:
+    found, where, count = torch.unique(self, sorted=True, return_inverse=True, return_counts=True)
+    values.reshape(-1)[: found.numel()].copy_(found)
+    set_view_shape(values, found.shape)
+    if with_inverse or with_counts:
+        inverse.copy_(where)
+    if with_counts:
+        counts.reshape(-1)[: found.numel()].copy_(count)
+        set_view_shape(counts, count.shape)
+
+
+@operator("Bincount")
+def bincount(self: Tensor, weights: Tensor | None, minimum: int, out: Tensor) -> None:
+    out.copy_(torch.bincount(self, weights, minimum))
+
+
+@operator("SearchSorted")
+def searchsorted(
+    sequence: Tensor, self: Tensor, int32_out: bool, right: bool, sorter: Tensor | None, out: Tensor
+) -> None:
+    out.copy_(torch.searchsorted(sequence, self, right=right, sorter=sorter))
