@@ -55,7 +55,8 @@ class Flow:
 
     def first(self, count: int) -> list[Request]:
         """The first that wait, in order. O(count log count), however many there are."""
-        heap, found = self.heap, []
+        heap = self.heap
+        found: list[Request] = []
         frontier = [(heap[0][0], 0)] if heap else []
         while frontier and len(found) < count:
             _, index = heapq.heappop(frontier)

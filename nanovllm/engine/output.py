@@ -73,6 +73,7 @@ class OutputProcessor:
         self._stream_interval = stream_interval
         self._requests: dict[str, _Request] = {}
         self._children: dict[str, _Child] = {}
+        self.num_prefill_tokens = 0  # of prompts that have had no token yet, whole
 
     @property
     def num_requests(self) -> int:
@@ -118,6 +119,7 @@ class OutputProcessor:
             prompt_logprobs=None if engine_input.params.prompt_logprobs is None else [None],
         )
         self._requests[request_id] = request
+        self.num_prefill_tokens += len(engine_input.prompt_token_ids)
         for child_id, completion in zip(child_ids, completions, strict=True):
             self._children[child_id] = _Child(completion, request, completion is completions[0])
 
@@ -215,7 +217,9 @@ class OutputProcessor:
                 ]
         if output.new_token_ids:
             child.heard_of = True
-            request.stats.first_token_ts = request.stats.first_token_ts or now
+            if not request.stats.first_token_ts:
+                request.stats.first_token_ts = now
+                self.num_prefill_tokens -= len(request.engine_input.prompt_token_ids)
 
     def is_running(self, request_id: str) -> bool:
         """Whether more tokens are expected for a request."""
@@ -237,6 +241,8 @@ class OutputProcessor:
         finished = request.unfinished == 0
         if finished:
             del self._requests[request.request_id]
+            if not request.stats.first_token_ts:
+                self.num_prefill_tokens -= len(request.engine_input.prompt_token_ids)
         if request.vector is not None:
             return _pooling_output(request, request.vector)
         completions, prompt_logprobs = request.completions, request.prompt_logprobs

@@ -110,6 +110,7 @@ METAVARS: dict[str, str] = {
     "logprobs_mode": "{raw_logprobs,processed_logprobs,raw_logits,processed_logits}",
     "tokenizer_mode": "{auto,hf,slow}",
     "chat_template": "FILE",
+    "tenants": "FILE",
     "kv_cache_dtype": "{auto,fp8,fp8_e4m3}",
     "prefix_caching_hash_algo": "{sha256}",
     "scheduling_policy": "{fcfs,priority}",

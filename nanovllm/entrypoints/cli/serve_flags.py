@@ -33,6 +33,10 @@ SERVE_HELP: dict[str, dict[str, str]] = {
     },
     "protection": {
         "api_key": "one or more keys, of which a client must send one; also VLLM_API_KEY",
+        "tenants": "YAML file of tenants: their keys, quotas, priorities and shares",
+        "max_num_queued_reqs": "most requests under way, waiting or running; others get a 503. 0: no limit",
+        "max_num_queued_tokens": "most prompt tokens that wait for a first token; new requests get a 503. 0: no limit",
+        "request_timeout": "seconds that a request may take, if its X-Request-Timeout is no shorter; 0: no limit",
         "max_request_body_size": "most bytes of a request's body",
         "allowed_origins": 'JSON list of web pages\' origins that may call, such as ["*"] (default: none)',
         "allowed_methods": "JSON list",

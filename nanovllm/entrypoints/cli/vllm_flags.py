@@ -94,8 +94,6 @@ REFUSED_VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kv_offloading_size": ("the cache stays where the model runs: --kv-cache-memory-bytes sizes it", ("0", "0.0")),
     "kv_offloading_backend": ("the cache stays where the model runs", ()),
     "kv_transfer_config": ("the cache of a request stays in this server", ()),
-    "max_num_queued_reqs": ("the queue has no limit: limit requests at the proxy", ("0", "-1")),
-    "max_num_queued_tokens": ("the queue has no limit: limit requests at the proxy", ("0", "-1")),
     "max_num_active_seqs": ("use --max-num-seqs", ()),
     "watermark": ("blocks are handed out to the last", ("0", "0.0")),
     "scheduler_cls": ("use --scheduling-policy", ()),

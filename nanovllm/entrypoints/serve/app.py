@@ -25,7 +25,7 @@ from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import add_handlers
 from nanovllm.entrypoints.serve.metrics import add_metrics
-from nanovllm.entrypoints.serve.middleware import CatchFaults, CountLoad, LimitBody, RequestIds, RequireKey
+from nanovllm.entrypoints.serve.middleware import Admit, CatchFaults, CountLoad, LimitBody, RequestIds, RequireKey
 from nanovllm.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
         app.include_router(router)
     if not args.disable_inspector:
         app.include_router(inspector.router)
+    app.add_middleware(Admit, admission=context.admission)
     add_metrics(app, engine, context.model_names[0])
     add_handlers(app)
     _add_middleware(app, args)
@@ -79,8 +80,8 @@ def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
         app.add_middleware(CountLoad, context=app.state.context)
     for name in args.middleware:
         _add_named(app, name)
-    if args.api_key:
-        app.add_middleware(RequireKey, keys=args.api_key)
+    if args.api_key or args.tenants is not None:
+        app.add_middleware(RequireKey, admission=app.state.context.admission)
     if args.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.entrypoints.serve.tenants import read_tenants
 from nanovllm.errors import ParameterError
 from nanovllm.parsers import REASONING_PARSERS, TOOL_PARSERS
 
@@ -46,6 +47,10 @@ class ServeArgs:
     allowed_headers: list[str] = field(default_factory=lambda: ["*"])
     allow_credentials: bool = False
     max_request_body_size: int = 32 * 1024 * 1024
+    tenants: str | None = None
+    max_num_queued_reqs: int = 0
+    max_num_queued_tokens: int = 0
+    request_timeout: float = 0.0
     middleware: list[str] = field(default_factory=list)
     root_path: str | None = None
     ssl_keyfile: str | None = None
@@ -62,9 +67,12 @@ class ServeArgs:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ParameterError("must be in 0..65535; 0 takes a free one", "port", self.port)
-        for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size", "max_engine_restarts"):
+        for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size", "max_engine_restarts",
+                     "max_num_queued_reqs", "max_num_queued_tokens", "request_timeout"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ParameterError("must not be negative", name, getattr(self, name))
+        if self.tenants is not None:
+            read_tenants(self.tenants, tuple(self.api_key))  # what is wrong with it is told before a model is loaded
         if self.stream_interval < 1:
             raise ParameterError("must be at least 1", "stream_interval", self.stream_interval)
         for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from nanovllm.engine.caller import Caller
+from nanovllm.entrypoints.serve.admission import Ticket
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.generation import final_outputs
 from nanovllm.entrypoints.serve.protocol.generation import GenerationRequest
@@ -33,6 +35,7 @@ async def beam_outputs(
     prompts: Sequence[PromptType],
     params: SamplingParams,
     request: GenerationRequest,
+    ticket: Ticket,
 ) -> list[RequestOutput]:
     """The ``n`` likeliest completions of each prompt, best first.
 
@@ -45,12 +48,24 @@ async def beam_outputs(
         raise ParameterError(f"a beam search needs 2 * n log-probabilities, and max_logprobs is {limit}", "n", width)
     if params.structured_outputs is not None:
         raise ParameterError("not supported with beam search in this version", "structured_outputs", "...")
-    searches = [_search(context, call_id, each, params, request) for each in prompts]
+    searches = [_search(context, call_id, each, params, request, ticket) for each in prompts]
     return list(await asyncio.gather(*searches))
 
 
+class _Round(Caller):
+    """A round of a search runs as its caller's request does; what it uses is counted once, by the search."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.tenant, self.weight, self.deadline = ticket.tenant, ticket.weight, ticket.deadline
+
+
 async def _search(
-    context: ServeContext, call_id: str, prompt: PromptType, params: SamplingParams, request: GenerationRequest
+    context: ServeContext,
+    call_id: str,
+    prompt: PromptType,
+    params: SamplingParams,
+    request: GenerationRequest,
+    ticket: Ticket,
 ) -> RequestOutput:
     checked = await asyncio.to_thread(context.engine.input.process, prompt, params)
     prompt_ids, eos = checked.prompt_token_ids, checked.eos_token_ids
@@ -58,6 +73,8 @@ async def _search(
     assert max_tokens is not None
     step = SamplingParams(temperature=0.0, max_tokens=1, logprobs=2 * params.n, detokenize=False, ignore_eos=True)
     alive, done = [_Hypothesis(prompt_ids)], []
+    caller, priority = _Round(ticket), ticket.priority(request.priority)
+    ticket.begins(len(prompt_ids))
 
     def score(found: _Hypothesis) -> float:
         """Ranks as ``total / length ** length_penalty`` does, whatever the penalty: by the logarithm of its size."""
@@ -72,9 +89,11 @@ async def _search(
             if request.cache_salt is not None:
                 asked["cache_salt"] = request.cache_salt
             name = context.engine_id(f"{call_id}-beam")
-            streams.append(context.engine.generate(asked, step, name, priority=request.priority))
+            streams.append(context.engine.generate(asked, step, name, priority=priority, caller=caller))
         growing = []
-        for parent, output in zip(alive, await final_outputs(streams), strict=True):
+        outputs = await final_outputs(streams)
+        ticket.ended(len(outputs))
+        for parent, output in zip(alive, outputs, strict=True):
             for child in _extended(parent, output, 2 * params.n):
                 if child.tokens[-1] in eos:
                     child.ended = "stop"
@@ -85,8 +104,8 @@ async def _search(
     for each in alive:
         each.ended = "length"
     best = sorted([*done, *alive], key=score, reverse=True)[: params.n]
-    outputs = [_output(context, index, found, len(prompt_ids), params) for index, found in enumerate(best)]
-    return RequestOutput(call_id, checked.prompt, prompt_ids, outputs=outputs, finished=True)
+    completions = [_output(context, index, found, len(prompt_ids), params) for index, found in enumerate(best)]
+    return RequestOutput(call_id, checked.prompt, prompt_ids, outputs=completions, finished=True)
 
 
 def _extended(parent: _Hypothesis, output: RequestOutput, count: int) -> list[_Hypothesis]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm.entrypoints.serve.admission import Ticket
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.prompts import LONG_PROMPT, truncated
 from nanovllm.entrypoints.serve.protocol.chat import ChatCompletionRequest
@@ -33,6 +34,8 @@ class ChatTurn:
     """A request for the next message of a conversation, ready for the engine.
 
     Attributes:
+        ticket: what the request was let in with.
+        priority: the engine's.
         call_id: the answer's id.
         model: the name the answer carries.
         role: of the answer.
@@ -44,6 +47,8 @@ class ChatTurn:
 
     context: ServeContext
     request: ChatCompletionRequest
+    ticket: Ticket
+    priority: int
     call_id: str
     model: str
     role: str
@@ -56,8 +61,8 @@ class ChatTurn:
 
     def generate(self) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs: deltas if the request streams, else one at the end."""
-        name = self.context.engine_id(self.call_id)
-        return self.context.engine.generate(self.prompt, self.params, name, priority=self.request.priority)
+        engine, name = self.context.engine, self.context.engine_id(self.call_id)
+        return engine.generate(self.prompt, self.params, name, priority=self.priority, caller=self.ticket)
 
     @property
     def tool_parser(self) -> str | None:
@@ -93,17 +98,18 @@ class ChatTurn:
         return 1 if self.request.parallel_tool_calls is False else None
 
 
-async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, call_id: str) -> ChatTurn:
+async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, call_id: str, ticket: Ticket) -> ChatTurn:
     """Check a request and render its conversation.
 
     Raises:
         ParameterError: it cannot be honoured.
-        ServeError: there is no such model.
+        ServeError: there is no such model, or no room.
     """
     args = context.args
     model = context.model_name(request.model)
     context.warn_unknown(request.unknown_fields())
     context.check_priority(request.priority)
+    priority = ticket.priority(request.priority)
     tools = _tools(request)
     choice = _tool_choice(context, request, tools)
     constraint = None
@@ -116,6 +122,7 @@ async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, ca
     params = request.params(context.generation_defaults, constraint, output_kind=kind)
     if choice.mode != "none" or _marks_are_special(context):
         params.skip_special_tokens = False  # the marks of calls and reasoning may be special tokens
+    ticket.expect(params.n)
     prompt, variables = await render_messages(context, request)
     last = request.messages[-1]
     role = args.response_role if request.add_generation_prompt else last.role
@@ -123,7 +130,9 @@ async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, ca
     context.log_request(
         call_id, prompt.get("prompt", ""), params, {"user": request.user, "session_id": request.session_id}
     )
-    return ChatTurn(context, request, call_id, model, role, prompt, params, choice, tools, variables, prefix or "")
+    return ChatTurn(
+        context, request, ticket, priority, call_id, model, role, prompt, params, choice, tools, variables, prefix or ""
+    )
 
 
 def _tool_choice(

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nanovllm.entrypoints.serve.admission import get_ticket
 from nanovllm.entrypoints.serve.beam import beam_outputs
 from nanovllm.entrypoints.serve.chat import ChatTurn, make_call_id, prepare_chat
 from nanovllm.entrypoints.serve.chat_stream import ChatStream
@@ -28,7 +29,8 @@ router = APIRouter()
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Continue a conversation."""
     context = get_context(request)
-    turn = await prepare_chat(context, body, make_request_id("chatcmpl", request, body.request_id))
+    call_id = make_request_id("chatcmpl", request, body.request_id)
+    turn = await prepare_chat(context, body, call_id, get_ticket(request))
     if body.stream:
         events = ChatStream(turn).events()
         return EventStream(events, request.url.path, context.args.sse_keep_alive_interval)
@@ -39,7 +41,8 @@ async def _answer(turn: ChatTurn) -> Response:
     created = int(time.time())
     request, context = turn.request, turn.context
     if request.use_beam_search:
-        output = (await beam_outputs(context, turn.call_id, [turn.prompt], turn.params, request))[0]
+        found = await beam_outputs(context, turn.call_id, [turn.prompt], turn.params, request, turn.ticket)
+        output = found[0]
     else:
         output = (await final_outputs([turn.generate()]))[0]
     usage = Usage(with_details=context.args.enable_prompt_tokens_details)

@@ -11,11 +11,12 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nanovllm.entrypoints.serve.admission import Ticket, get_ticket
 from nanovllm.entrypoints.serve.beam import beam_outputs
 from nanovllm.entrypoints.serve.context import FINGERPRINT, ServeContext, get_context, make_request_id
 from nanovllm.entrypoints.serve.generation import Streams, Usage, final_outputs, merged
 from nanovllm.entrypoints.serve.logprobs import completion_logprobs, prompt_logprobs
-from nanovllm.entrypoints.serve.prompts import completion_prompts
+from nanovllm.entrypoints.serve.prompts import completion_prompts, num_prompts
 from nanovllm.entrypoints.serve.protocol.completions import CompletionRequest
 from nanovllm.entrypoints.serve.protocol.errors import RESPONSES
 from nanovllm.entrypoints.serve.sse import DONE, EventStream, answer_unless_gone, event, json_bytes, json_text
@@ -30,7 +31,7 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt."""
     context = get_context(request)
-    call = await _Call.make(context, body, make_request_id("cmpl", request, body.request_id))
+    call = await _Call.make(context, body, make_request_id("cmpl", request, body.request_id), get_ticket(request))
     if body.stream:
         return EventStream(call.events(), request.url.path, context.args.sse_keep_alive_interval)
     return await answer_unless_gone(request, call.answer())
@@ -42,6 +43,8 @@ class _Call:
 
     context: ServeContext
     body: CompletionRequest
+    ticket: Ticket
+    priority: int
     call_id: str
     model: str
     prompts: list[PromptType]
@@ -50,32 +53,34 @@ class _Call:
     usage: Usage
 
     @classmethod
-    async def make(cls, context: ServeContext, body: CompletionRequest, call_id: str) -> _Call:
+    async def make(cls, context: ServeContext, body: CompletionRequest, call_id: str, ticket: Ticket) -> _Call:
         """Check a request and tokenise what must be.
 
         Raises:
             ParameterError: it cannot be honoured.
-            ServeError: there is no such model.
+            ServeError: there is no such model, or no room.
         """
         model = context.model_name(body.model)
         context.warn_unknown(body.unknown_fields())
         context.check_priority(body.priority)
+        priority = ticket.priority(body.priority)
         kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
         params = body.params(context.generation_defaults, output_kind=kind)
+        ticket.expect(num_prompts(body) * params.n)
         prompts = await completion_prompts(context, body)
         context.log_request(call_id, body.prompt, params, {"user": body.user, "session_id": body.session_id})
         usage = Usage(with_details=context.args.enable_prompt_tokens_details)
-        return cls(context, body, call_id, model, prompts, params, int(time.time()), usage)
+        return cls(context, body, ticket, priority, call_id, model, prompts, params, int(time.time()), usage)
 
     @property
     def as_ids(self) -> bool:
         return self.context.names_tokens_by_id(self.body.return_tokens_as_token_ids)
 
     def streams(self) -> Streams:
-        engine, priority = self.context.engine, self.body.priority
+        context, engine = self.context, self.context.engine
+        options: dict[str, Any] = {"priority": self.priority, "caller": self.ticket}
         return [
-            engine.generate(prompt, self.params, self.context.engine_id(self.call_id), priority=priority)
-            for prompt in self.prompts
+            engine.generate(prompt, self.params, context.engine_id(self.call_id), **options) for prompt in self.prompts
         ]
 
     # -- one answer ----------------------------------------------------------------------------------------------
@@ -108,7 +113,8 @@ class _Call:
 
     async def _outputs(self) -> list[RequestOutput]:
         if self.body.use_beam_search:
-            return await beam_outputs(self.context, self.call_id, self.prompts, self.params, self.body)
+            context, body = self.context, self.body
+            return await beam_outputs(context, self.call_id, self.prompts, self.params, body, self.ticket)
         if self.body.prompt_only and self.params.prompt_logprobs is None:
             return [await asyncio.to_thread(self._prompt_as_output, prompt) for prompt in self.prompts]
         return await final_outputs(self.streams())

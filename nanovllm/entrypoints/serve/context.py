@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from nanovllm import __version__
+from nanovllm.entrypoints.serve.admission import Admission
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.errors import ServeError
 from nanovllm.errors import ParameterError
@@ -34,6 +35,7 @@ class ServeContext:
     Attributes:
         engine: the engine behind the server.
         args: the server's settings.
+        admission: who is let in.
         model_names: names the model answers to; the first is the one answers carry.
         created: seconds since the epoch when the server was made.
         load: requests of the generating endpoints under way.
@@ -46,10 +48,12 @@ class ServeContext:
     created: int = field(default_factory=lambda: int(time.time()))
     load: int = 0
     draining: bool = False
+    admission: Admission = field(init=False)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.admission = Admission(self.engine, self.args)
         if not self.model_names:
             self.model_names = self.args.served_model_name or [self.engine.model_config.model]
         if not self.args.reasoning_parser:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from nanovllm.entrypoints.serve.admission import get_ticket
 from nanovllm.entrypoints.serve.chat import render_messages
 from nanovllm.entrypoints.serve.context import ServeContext, get_context, make_request_id
 from nanovllm.entrypoints.serve.generation import final_outputs
@@ -34,13 +35,16 @@ async def _answer(context: ServeContext, body: EmbeddingRequest, request: Reques
     model = context.model_name(body.model)
     context.warn_unknown(body.model_extra)
     context.check_priority(body.priority)
+    ticket = get_ticket(request)
+    priority = ticket.priority(body.priority)
     call_id = make_request_id("embd", request, body.request_id)
     scaled = body.normalize if body.use_activation is None else body.use_activation
     params = PoolingParams(dimensions=body.dimensions, use_activation=scaled)
+    ticket.expect(1 if body.input is None else len(_separate(body.input)))
     prompts = await _prompts(context, body)
     context.log_request(call_id, body.input, params, {"user": body.user})
     streams = [
-        context.engine.encode(cast(Any, prompt), params, context.engine_id(call_id), priority=body.priority)
+        context.engine.encode(cast(Any, prompt), params, context.engine_id(call_id), priority=priority, caller=ticket)
         for prompt in prompts
     ]
     outputs = cast("list[PoolingRequestOutput]", await final_outputs(cast(Any, streams)))

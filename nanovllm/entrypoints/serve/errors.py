@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError, StepError
+from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError, RequestTimeoutError, StepError
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +23,19 @@ NAMES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "RequestTooLargeError",
+    429: "RateLimitError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
+    504: "RequestTimeoutError",
 }
 ANTHROPIC_NAMES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 MAX_ECHO = 400  # characters of a client's own input that an error repeats
 
@@ -44,14 +48,23 @@ class ServeError(Exception):
         message: for the client.
         param: name of the offending field.
         kind: the error's ``type``; by default the name that belongs to the status.
+        headers: of the answer.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, kind: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        kind: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.kind = kind or NAMES.get(status, "InternalServerError")
+        self.headers = headers or ({"WWW-Authenticate": "Bearer"} if status == 401 else {})
 
     def body(self, path: str = "") -> dict[str, Any]:
         """The JSON object of the answer to a request of ``path``."""
@@ -63,9 +76,8 @@ class ServeError(Exception):
 
     def response(self, path: str = "") -> Response:
         """The HTTP answer."""
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
         # Escaped, because a client's own text comes back in it, which need not be Unicode.
-        return Response(json.dumps(self.body(path)), self.status, headers, "application/json")
+        return Response(json.dumps(self.body(path)), self.status, self.headers, "application/json")
 
 
 def as_serve_error(error: BaseException) -> ServeError:
@@ -78,6 +90,8 @@ def as_serve_error(error: BaseException) -> ServeError:
         return ServeError(400, f"the request holds text that is not Unicode: {error.reason} (position {error.start})")
     if isinstance(error, EngineDeadError):
         return ServeError(503, str(error))
+    if isinstance(error, RequestTimeoutError):
+        return ServeError(504, str(error))
     if isinstance(error, (EngineGenerateError, StepError)):
         return ServeError(500, str(error))
     logger.error("A request failed.", exc_info=error)
@@ -103,7 +117,9 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    for kind in (ServeError, ParameterError, UnicodeEncodeError, EngineDeadError, EngineGenerateError, StepError):
+    kinds = (ServeError, ParameterError, UnicodeEncodeError, EngineDeadError, EngineGenerateError, StepError,
+             RequestTimeoutError)  # fmt: skip
+    for kind in kinds:
         app.add_exception_handler(kind, answer)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nanovllm.entrypoints.serve.admission import Ticket, get_ticket
 from nanovllm.entrypoints.serve.chat import ChatTurn, prepare_chat, render_messages
 from nanovllm.entrypoints.serve.context import ServeContext, get_context, make_request_id
 from nanovllm.entrypoints.serve.messages_input import chat_fields
@@ -26,7 +27,7 @@ router = APIRouter()
 async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Write the next message of a conversation."""
     context = get_context(request)
-    turn = await _turn(context, body, make_request_id("msg", request))
+    turn = await _turn(context, body, make_request_id("msg", request), get_ticket(request))
     if body.stream:
         events = MessageStream(turn).events()
         return EventStream(events, request.url.path, context.args.sse_keep_alive_interval, b"")
@@ -43,7 +44,7 @@ async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     return _json({"input_tokens": len(prompt["prompt_token_ids"])})
 
 
-async def _turn(context: ServeContext, body: MessagesRequest, call_id: str) -> ChatTurn:
+async def _turn(context: ServeContext, body: MessagesRequest, call_id: str, ticket: Ticket) -> ChatTurn:
     body.refuse_unsupported()
     variables, budget = _thinking(context, body)
     own = (body.model_extra or {}).get("chat_template_kwargs")
@@ -59,7 +60,7 @@ async def _turn(context: ServeContext, body: MessagesRequest, call_id: str) -> C
         "response_format": _response_format(body),
         "user": (body.metadata or {}).get("user_id"),
     }
-    return await prepare_chat(context, chat_request(fields, body.model_extra), call_id)
+    return await prepare_chat(context, chat_request(fields, body.model_extra), call_id, ticket)
 
 
 def _thinking(context: ServeContext, body: CountTokensRequest) -> tuple[dict[str, Any] | None, int | None]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import uuid
-from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.entrypoints.serve import inspector
+from nanovllm.entrypoints.serve.admission import GENERATING, Admission, digest
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import ServeError, as_serve_error
+from nanovllm.errors import ParameterError
 
 # Open without a key: they neither run the model nor tell of its users.
 OPEN_PATHS = inspector.OPEN_PATHS | {
@@ -36,24 +36,30 @@ class CatchFaults:
 
 
 class RequireKey:
-    """Lets requests pass that bring one of the keys, as ``Authorization: Bearer`` or ``x-api-key``."""
+    """Lets requests pass that bring a key, as ``Authorization: Bearer`` or ``x-api-key``, and notes whose it is."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self.app = app
-        self._digests = [_digest(key) for key in keys]
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope) or self._has_key(scope):
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope):
+            await self.app(scope, receive, send)
+            return
+        owner = self._owner(scope)
+        if owner is not None:
+            scope.setdefault("state", {})["tenant"] = owner
             await self.app(scope, receive, send)
             return
         error = ServeError(401, "Unauthorized: send an API key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
         await error.response(scope["path"])(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS
+        return _route_path(scope) in OPEN_PATHS
 
-    def _has_key(self, scope: Scope) -> bool:
-        found = False
+    def _owner(self, scope: Scope) -> str | None:
+        """The tenant whose key the request brings; None if it brings none."""
+        found = None
         for name, value in scope["headers"]:
             if name == b"authorization":
                 scheme, _, value = value.partition(b" ")
@@ -61,10 +67,40 @@ class RequireKey:
                     continue
             elif name != b"x-api-key":
                 continue
-            digest = _digest(value.strip())
-            for known in self._digests:  # all of them: how long it takes tells nothing
-                found |= hmac.compare_digest(digest, known)
+            given = digest(value.strip())
+            for known, owner in self._admission.owners:  # all of them: how long it takes tells nothing
+                if hmac.compare_digest(given, known):
+                    found = owner
         return found
+
+
+class Admit:
+    """Gives requests that run the model a ticket, or refuses them before their body is read."""
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self.app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or _route_path(scope) not in GENERATING:
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        try:
+            ticket = state["ticket"] = self._admission.admit(state.get("tenant", ""), scope["headers"])
+        except (ServeError, ParameterError) as error:
+            await as_serve_error(error).response(scope["path"])(scope, receive, send)
+            return
+
+        async def with_quotas(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *ticket.headers()]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send if ticket.account is None else with_quotas)
+        finally:
+            ticket.release()
 
 
 class LimitBody:
@@ -149,5 +185,6 @@ class CountLoad:
             self._context.load -= 1
 
 
-def _digest(key: str | bytes) -> bytes:
-    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+def _route_path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))

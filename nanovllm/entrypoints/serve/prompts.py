@@ -30,6 +30,15 @@ async def completion_prompts(context: ServeContext, request: CompletionRequest) 
     return prompts
 
 
+def num_prompts(request: CompletionRequest) -> int:
+    """How many prompts a request has.
+
+    Raises:
+        ParameterError: none.
+    """
+    return len(_separate(request.prompt))
+
+
 async def encode(context: ServeContext, text: str, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a text, which may be long."""
     tokenizer = context.tokenizer

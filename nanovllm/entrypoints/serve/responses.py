@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nanovllm.entrypoints.serve.admission import Ticket, get_ticket
 from nanovllm.entrypoints.serve.chat import prepare_chat
 from nanovllm.entrypoints.serve.context import ServeContext, get_context
 from nanovllm.entrypoints.serve.errors import ServeError, as_serve_error
@@ -30,7 +31,7 @@ router = APIRouter()
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation."""
     context = get_context(request)
-    call = await _Call.make(context, _store(request), body)
+    call = await _Call.make(context, _store(request), body, get_ticket(request))
     if body.background:
         return call.start()
     if body.stream:
@@ -66,16 +67,17 @@ class _Call:
     head: ResponseHead
     reader: AnswerReader
     store: ResponseStore
+    ticket: Ticket
     messages: list[Message]  # the conversation, without instructions
     size: int  # characters of it that are new
 
     @classmethod
-    async def make(cls, context: ServeContext, store: ResponseStore, body: ResponsesRequest) -> _Call:
+    async def make(cls, context: ServeContext, store: ResponseStore, body: ResponsesRequest, ticket: Ticket) -> _Call:
         """Check a request and render its conversation.
 
         Raises:
             ParameterError: it cannot be honoured.
-            ServeError: there is no such model or no such earlier response.
+            ServeError: there is no such model, no such earlier response, or no room.
         """
         body.refuse_unsupported()
         earlier: list[Message] = []
@@ -104,10 +106,10 @@ class _Call:
         response_id = f"resp_{chat.request_id or uuid.uuid4().hex}"
         if response_id in store:
             raise ServeError(400, "there is a response of this id", "request_id")
-        turn = await prepare_chat(context, chat, response_id)
+        turn = await prepare_chat(context, chat, response_id, ticket)
         head = ResponseHead(body, turn, response_id)
         size = sum(len(str(message)) for message in new)
-        return cls(head, AnswerReader(turn), store, [*earlier, *new], size)
+        return cls(head, AnswerReader(turn), store, ticket, [*earlier, *new], size)
 
     async def answer(self) -> Response:
         """The whole response."""
@@ -124,10 +126,12 @@ class _Call:
         queued = self.head.as_json("queued")
         stored = StoredResponse(queued, self.messages, self.size)
         self.store.put(stored)
+        self.ticket.hold()
         stored.task = asyncio.create_task(self._run(stored))
 
         def settle(task: asyncio.Task[None]) -> None:
             stored.task = None
+            self.ticket.release()
             if task.cancelled():
                 stored.response = self.head.as_json("cancelled")
 

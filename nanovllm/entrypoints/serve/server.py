@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
@@ -70,11 +70,15 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the server."""
+        """SIGINT and SIGTERM stop the server; SIGHUP reads the file of tenants again."""
         loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM) if hasattr(signal, "SIGHUP") else ()  # not on Windows
-        for each in handled:
-            loop.add_signal_handler(each, self.stop)
+        handled: dict[signal.Signals, Callable[[], None]] = {}
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            handled = {signal.SIGINT: self.stop, signal.SIGTERM: self.stop}
+            if self._context.admission.has_tenants:
+                handled[signal.SIGHUP] = self._context.admission.reload
+        for each, handler in handled.items():
+            loop.add_signal_handler(each, handler)
         try:
             yield
         finally:
