@@ -12,6 +12,7 @@ from nanovllm.entrypoints.cli.vllm_flags import add_vllm_flags, judge_vllm_flags
 from nanovllm.entrypoints.log import setup_logging
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.listener import bind, run_loop
+from nanovllm.entrypoints.serve.otlp import open_tracer
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -52,8 +53,9 @@ async def _serve(engine_args: EngineArgs, args: ServeArgs) -> int:
             from nanovllm.entrypoints.serve.app import build_app
             from nanovllm.entrypoints.serve.server import serve
 
-            app = build_app(engine, args)
-            await engine.ready()
-            return await serve(app, engine, listener)
+            with open_tracer(args.otlp_traces_endpoint) as tracer:
+                app = build_app(engine, args, tracer)
+                await engine.ready()
+                return await serve(app, engine, listener)
         finally:
             engine.shutdown()

@@ -66,6 +66,7 @@ SERVE_HELP: dict[str, dict[str, str]] = {
         "max_log_len": "most characters or tokens of a prompt that are logged",
         "enable_request_id_headers": "answer with the X-Request-Id of the request, or a new one",
         "enable_server_load_tracking": "count requests under way on /load",
+        "otlp_traces_endpoint": "send a span per request to this OpenTelemetry collector; needs the extra 'otel'",
     },
 }
 

@@ -52,8 +52,6 @@ TAKEN_VALUES = {
     "max_lora_rank": "there are no adapters",
     "max_cpu_loras": "there are no adapters",
     "lora_dtype": "there are no adapters",
-    "otlp_traces_endpoint": "there are no traces; /metrics has the times of requests",
-    "collect_detailed_traces": "there are no traces; /metrics has the times of requests",
 }
 TAKEN_JSON = {
     "compilation_config": "nothing is compiled; --enforce-eager switches graphs off",
@@ -109,6 +107,7 @@ REFUSED_VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     "master_addr": ("this version runs on one host", ()),
     "master_port": ("this version runs on one host", ()),
     "all2all_backend": ("this version runs on one device", ()),
+    "collect_detailed_traces": ("spans have the times in queue, prefill and decode: --otlp-traces-endpoint", ()),
     "device_ids": ("choose devices by the environment (CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES)", ()),
 }
 _SHORT = {"compilation_config": "-cc", "speculative_config": "-sc", "enable_expert_parallel": "-ep",

@@ -29,6 +29,8 @@ from nanovllm.entrypoints.serve.middleware import Admit, CatchFaults, CountLoad,
 from nanovllm.errors import ParameterError
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
     from nanovllm.engine.async_llm import AsyncLLM
 
 # A request is matched against them in turn: the busy ones come first.
@@ -44,12 +46,13 @@ ROUTERS = (
 )
 
 
-def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
+def build_app(engine: AsyncLLM, args: ServeArgs, tracer: Tracer | None = None) -> FastAPI:
     """The server's application.
 
     Args:
         engine: runs the model; it must belong to the event loop that will serve the application.
         args: the server's settings.
+        tracer: makes a span for every prompt the engine is given; None: there are no traces.
     """
     docs = not args.disable_fastapi_docs
     app = FastAPI(
@@ -68,6 +71,11 @@ def build_app(engine: AsyncLLM, args: ServeArgs) -> FastAPI:
     app.add_middleware(Admit, admission=context.admission)
     add_metrics(app, engine, context.model_names[0])
     add_handlers(app)
+    if tracer is not None:
+        from nanovllm.entrypoints.serve.tracing import ContinueTraces, RequestSpans  # needs packages of an extra
+
+        engine.observers.append(RequestSpans(tracer, context.model_names[0]))
+        app.add_middleware(ContinueTraces)
     _add_middleware(app, args)
     return app
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.entrypoints.serve.otlp import check_endpoint
 from nanovllm.entrypoints.serve.tenants import read_tenants
 from nanovllm.errors import ParameterError
 from nanovllm.parsers import REASONING_PARSERS, TOOL_PARSERS
@@ -63,6 +64,7 @@ class ServeArgs:
     shutdown_timeout: float = 30.0
     max_engine_restarts: int = 3
     h11_max_incomplete_event_size: int | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -80,3 +82,5 @@ class ServeArgs:
                 raise ParameterError(f"must be one of {', '.join(known)}", name, getattr(self, name))
         if self.enable_auto_tool_choice and not self.tool_call_parser:
             raise ParameterError("needs tool_call_parser", "enable_auto_tool_choice", True)
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)

@@ -107,7 +107,7 @@ class MetricsObserver(Collector):
         """A request has ended."""
         times = output.metrics
         assert times is not None
-        self._finished[_finish_reason(output)] += 1
+        self._finished[finish_reason(output)] += 1
         generated = times.num_generation_tokens
         self._times["e2e"].observe(times.last_token_ts - times.arrival_ts)
         if times.scheduled_ts:
@@ -234,7 +234,7 @@ def add_metrics(app: FastAPI, engine: AsyncLLM, model_name: str) -> MetricsObser
     return observer
 
 
-def _finish_reason(output: AnyOutput) -> str:
+def finish_reason(output: AnyOutput) -> str:
     """Of the output that ended last; a vector is always complete."""
     if isinstance(output, PoolingRequestOutput):
         return "stop"
