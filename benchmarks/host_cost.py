@@ -49,6 +49,9 @@ class NoModel:
     def result(self) -> StepResult:
         return StepResult(list(itertools.islice(self._tokens, len(self.plan.sampled))))
 
+    def recover(self) -> None:
+        pass
+
     def shutdown(self) -> None:
         pass
 

@@ -48,6 +48,20 @@ def failing_step() -> None:
     serve(FakeExecutor(num_blocks=200, seconds=0.002, failing_steps=frozenset({3})))
 
 
+def poisonable() -> None:
+    """Every step with a request of seed 7 fails from position 8 on."""
+    serve(FakeExecutor(num_blocks=200, seconds=0.002, poison={7: 8}))
+
+
+class Lost(FakeExecutor):
+    def recover(self) -> None:
+        raise RuntimeError("illegal memory access")
+
+
+def lost_device() -> None:
+    serve(Lost(num_blocks=200, seconds=0.002, failing_steps=frozenset({5})))
+
+
 class Buggy(FakeExecutor):
     def submit(self, plan: StepPlan) -> FakeHandle:
         if plan.step == 3:

@@ -26,11 +26,18 @@ class FakeHandle:
         for index in plan.sampled:
             position = plan.num_computed[index] + plan.num_new[index]
             tokens.append(self.executor.token(tables[plan.step][index], position))
-        if plan.step in self.executor.failing_steps:
+        if plan.step in self.executor.failing_steps or self._poisoned():
             raise RuntimeError("the device is on fire")
         ends = [plan.num_computed[index] + plan.num_new[index] for index in plan.pooled]
         vectors = [np.array([tables[plan.step][index], end]) for index, end in zip(plan.pooled, ends, strict=True)]
         return StepResult(tokens, pooled=vectors)
+
+    def _poisoned(self) -> bool:
+        """Whether the step computes, for one of the poisoned, the position from which on that fails."""
+        plan, poison = self.plan, self.executor.poison
+        seeds = self.executor.lengths[plan.step] if poison else ()
+        ends = zip(seeds, plan.num_computed, plan.num_new, strict=True) if poison else ()
+        return any(seed in poison and start + new > poison[seed] for seed, start, new in ends)
 
 
 @dataclass
@@ -44,6 +51,7 @@ class FakeExecutor:
     grammars: None = None
     vocab_size: int = 97
     failing_steps: frozenset[int] = frozenset()
+    poison: dict[int, int] = field(default_factory=dict)  # seed -> position at which every step with it fails
     seconds: float = 0.0  # that a step takes
     plans: list[StepPlan] = field(default_factory=list)
     seeds: dict[int, int] = field(default_factory=dict)  # row -> seed
@@ -58,6 +66,9 @@ class FakeExecutor:
             self.seeds[start.row] = start.seed
         self.lengths[plan.step] = [self.seeds[row] for row in plan.rows]
         return FakeHandle(plan, self)
+
+    def recover(self) -> None:
+        pass
 
     def shutdown(self) -> None:
         pass

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from engine_processes import LONG, alive, child_pid, collect, engine, quiet, streams_in_flight
+from fake_executor import FakeExecutor
 
 from nanovllm import AsyncLLM
 from nanovllm.engine.child_core import ChildCore
@@ -75,14 +76,41 @@ def test_requests_that_wait_for_the_engine_outlive_its_restarts():
         asyncio.run(main(llm))
 
 
-def test_a_failed_step_ends_its_requests_only():
+def test_a_failed_step_is_computed_again():
     async def main(llm: AsyncLLM) -> None:
-        with pytest.raises(EngineGenerateError, match="on fire"):
-            await collect(llm, "a")
-        assert (await collect(llm, "b"))[-1].finished
+        assert (await collect(llm, "a"))[-1].finished
         await quiet(llm)
+        assert llm.stats.faults["step_failed"] == 1 and llm.stats.num_retries == 1
 
     with engine("failing_step") as llm:
+        asyncio.run(main(llm))
+
+
+def test_a_request_that_makes_every_step_fail_ends_alone_and_the_others_lose_nothing():
+    async def main(llm: AsyncLLM) -> None:
+        seeded = [LONG.from_optional(max_tokens=20, ignore_eos=True, seed=seed) for seed in range(10)]
+        tasks = [collect(llm, str(seed), params=params) for seed, params in enumerate(seeded)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for seed, result in enumerate(results):
+            if seed == 7:
+                assert isinstance(result, EngineGenerateError) and "on fire" in str(result)
+            else:
+                tokens = result[-1].outputs[0].token_ids  # type: ignore[index]
+                assert tokens == [FakeExecutor().token(seed, position) for position in range(3, 23)]
+        await quiet(llm)
+        assert llm.stats.faults["step_failed"] >= 4
+
+    with engine("poisonable") as llm:
+        asyncio.run(main(llm))
+
+
+def test_a_device_that_is_lost_is_a_dead_engine():
+    async def main(llm: AsyncLLM) -> None:
+        with pytest.raises(EngineDeadError, match=r"exit code 1.*on fire.*illegal memory access"):
+            await collect(llm, "a")
+        assert llm.stats.faults["engine_died"] == 1
+
+    with engine("lost_device") as llm:
         asyncio.run(main(llm))
 
 

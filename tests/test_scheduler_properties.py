@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 from fake_executor import FakeExecutor, engine_config, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine.core import EngineCore
 from nanovllm.engine.invariants import InvariantChecker
+from nanovllm.engine.suspects import RETRIES
+from nanovllm.errors import StepError
 
 arrivals = st.lists(
     st.fixed_dictionaries(
@@ -19,6 +24,7 @@ arrivals = st.lists(
             "forks": st.integers(0, 3),
             "priority": st.integers(-2, 2),
             "pooling": st.sampled_from([None, None, None, "last", "mean"]),
+            "poison": st.one_of(st.none(), st.none(), st.integers(0, 30)),  # position at which its steps fail
             "abort_after": st.one_of(st.none(), st.none(), st.integers(0, 20)),  # steps after its arrival
         }
     ),
@@ -39,23 +45,36 @@ setups = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150)
-@given(setup=setups, slack=st.integers(0, 30), events=arrivals)
-def test_any_history_keeps_the_invariants_and_yields_every_token(setup: dict, slack: int, events: list[dict]):
+# Steps that fail by themselves, no more than a request is retried; or requests that make them fail.
+faults = st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 60), max_size=RETRIES), st.just("poison"))
+
+
+@settings(max_examples=250)
+@given(setup=setups, slack=st.integers(0, 30), events=arrivals, faulty=faults)
+def test_any_history_keeps_the_invariants_and_yields_every_token(
+    setup: dict, slack: int, events: list[dict], faulty: Any
+):
     longest = -(-70 // setup["block_size"])
     executor = FakeExecutor(num_blocks=longest + 1 + slack)
+    if faulty != "poison":
+        executor.failing_steps = faulty
     core = EngineCore(engine_config(**setup), executor)
     core.checker = InvariantChecker(core.scheduler)
     want: dict[str, list[int]] = {}
     got: dict[str, list[int]] = {}
+    failed: set[str] = set()
+    poisoned: dict[str, list[int]] = {}  # what each yields before it fails
     aborts: dict[int, list[str]] = {}
     clock = 0
 
     def step() -> None:
         nonlocal clock
-        for output in core.step():
-            new = output.new_token_ids if output.pooled is None else output.pooled.tolist()
-            got.setdefault(output.request_id, []).extend(new)
+        with contextlib.suppress(StepError):
+            for output in core.step():
+                new = output.new_token_ids if output.pooled is None else output.pooled.tolist()
+                got.setdefault(output.request_id, []).extend(new)
+                if output.finish_reason == "error":
+                    failed.add(output.request_id)
         clock += 1
         for name in aborts.pop(clock, []):
             core.finish([name], "abort")
@@ -74,6 +93,12 @@ def test_any_history_keeps_the_invariants_and_yields_every_token(setup: dict, sl
         ]
         core.add(family[0], event["priority"] if setup["policy"] == "priority" else 0, family[1:])
         for index, member in enumerate(family):
+            at = event["poison"]
+            if faulty == "poison" and at is not None and (at < member.max_total - 1 or (pooling and at < len(prompt))):
+                executor.poison[member.seed] = at
+                poisoned[member.request_id] = [executor.token(member.seed, p) for p in range(len(prompt), at + 1)]
+                if pooling:
+                    poisoned[member.request_id] = []
             if event["abort_after"] is not None and index % 2 == 0:
                 aborts.setdefault(clock + 1 + event["abort_after"] + index, []).append(member.request_id)
             elif pooling:
@@ -85,4 +110,8 @@ def test_any_history_keeps_the_invariants_and_yields_every_token(setup: dict, sl
             break
         step()
     core.checker.idle()
-    assert {name: got.get(name) for name in want} == want
+    assert {name: got.get(name) for name in want if name not in poisoned} == {
+        name: tokens for name, tokens in want.items() if name not in poisoned
+    }
+    assert failed <= set(poisoned)
+    assert all(name in failed and got[name] == tokens for name, tokens in poisoned.items() if name in want)

@@ -390,6 +390,7 @@ class AsyncLLM(EngineFace):
         self.viewers.show(LOST)
         if self._was_ready or not isinstance(death.error, ValueError):  # what users can mend, `ready` tells them
             logger.error("The engine has died: %s", death.error)
+            self.stats.fault("engine_died")
         self._end_all(EngineDeadError(f"the engine has stopped: {death.error}"))
         self.stats.reset()
         now = time.monotonic()

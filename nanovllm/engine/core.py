@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,14 +16,16 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.stats import StepMeter
 from nanovllm.engine.structured import GrammarCompiler
-from nanovllm.errors import StepError
+from nanovllm.errors import EngineDeadError, StepError
+
+logger = logging.getLogger(__name__)
 
 
 class Handle(Protocol):
     """A submitted step."""
 
     def result(self) -> StepResult:
-        """Wait for the step. Raises what the step raised."""
+        """Wait for the step. Raises what the step raised; a MemoryError if memory did not suffice."""
 
 
 class Executor(Protocol):
@@ -35,6 +38,9 @@ class Executor(Protocol):
         """Compiles grammars for constrained outputs; None if it does not follow any."""
 
     def submit(self, plan: StepPlan) -> Handle: ...
+
+    def recover(self) -> None:
+        """A step has raised, and none is under way: make ready for the next. Raises if there can be none."""
 
     def shutdown(self) -> None: ...
 
@@ -76,9 +82,13 @@ class EngineCore:
     def step(self) -> list[EngineOutput]:
         """Complete one step.
 
+        A step that raises is a fault of its requests, and they are computed again (`Scheduler.fail`).
+
         Raises:
-            StepError: the executor raised. The requests of that step have ended; the next call reports them with
-                finish_reason "error". All others go on. Anything else is a fault of the engine itself.
+            StepError: a request has failed too often, alone. It has ended; the next call reports it with finish_reason
+                "error". All others go on.
+            EngineDeadError: a step has raised, and the executor takes no further ones. Anything else is a fault of the
+                engine itself.
         """
         outputs, self._undelivered = self._undelivered, []
         if outputs:
@@ -101,15 +111,15 @@ class EngineCore:
         try:
             result = handle.result()
         except Exception as error:
-            self._undelivered = self._abandon(f"{type(error).__name__}: {error}")
-            raise StepError(f"a step of the model failed: {error}") from error
+            self._recover(error)
+            return []
         self._in_flight.popleft()
         outputs = self.scheduler.update(plan, result)
         if self.checker is not None:
             self.checker.updated()
         return outputs
 
-    def _abandon(self, message: str) -> list[EngineOutput]:
+    def _recover(self, error: Exception) -> None:
         """The oldest step failed: wait for those behind it, which may build on its results, and drop them all."""
         plans = []
         for number, (plan, handle) in enumerate(self._in_flight):
@@ -118,7 +128,19 @@ class EngineCore:
                     handle.result()
             plans.append(plan)
         self._in_flight.clear()
-        return self.scheduler.fail(plans, message)
+        try:
+            self.executor.recover()
+        except Exception as fault:
+            raise EngineDeadError(f"a step failed ({_told(error)}), and the device with it: {_told(fault)}") from error
+        new = not self.scheduler.suspects  # else it is the same fault once more, on the way to who causes it
+        out_of_memory = isinstance(error, MemoryError)
+        self.meter.failed("out_of_memory" if out_of_memory else "step_failed")
+        self._undelivered = self.scheduler.fail(plans, _told(error), out_of_memory)
+        if self._undelivered:
+            raise StepError(f"a step of the model failed, again and again: {error}") from error
+        if new:
+            count = len(plans[0].requests)
+            logger.warning("A step of %d requests failed; they are computed again.", count, exc_info=error)
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False while any request holds blocks."""
@@ -137,3 +159,7 @@ class EngineCore:
     def shutdown(self) -> None:
         """Stop the executor. Idempotent."""
         self.executor.shutdown()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -50,8 +50,8 @@ class EngineLoop:
             if core.has_work:
                 try:
                     update.outputs = core.step()
-                except StepError:
-                    logger.exception("A step failed; its requests end with an error, the others go on.")
+                except StepError as error:
+                    logger.error("A request ends with an error, the others go on: %s", error)
             update.stats = core.meter.take()
             self._deliver(update)
             if core.watch is not None and (frame := core.watch.take(idle=not core.has_work)) is not None:

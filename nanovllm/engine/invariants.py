@@ -100,7 +100,11 @@ class InvariantChecker:
         running = scheduler.running
         _expect(all(r.status == RequestStatus.RUNNING for r in running), "a request in running is not")
         _expect([r.key for r in running] == sorted(r.key for r in running), "running is not sorted")
+        suspects = list(scheduler.suspects)
+        _expect(all(r.num_faults and not r.finished for r in suspects), "a suspect is none", suspects)
+        _expect(len(suspects) == sum(r.num_faults > 0 for r in scheduler.requests.values()), "a suspect is in no group")
         waiting = [r for _, r in scheduler.waiting if not r.finished]
+        waiting += [r for r in suspects if r.status == RequestStatus.WAITING]
         _expect(len(waiting) == scheduler.num_waiting, "num_waiting is wrong", len(waiting), scheduler.num_waiting)
         _expect(all(not r.blocks and r.row == -1 for r in waiting), "a waiting request holds something")
         rows = [r.row for r in holders if r.row >= 0] + scheduler._free_rows

@@ -51,6 +51,22 @@ class RowStart:
     guided_from: int = 0
     pooling: str | None = None  # "last" | "mean": no tokens are wanted but one vector of the prompt
 
+    @classmethod
+    def of(cls, request: Request) -> RowStart:
+        """The start of a request in the row it has been given."""
+        return cls(
+            row=request.row,
+            token_ids=list(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            params=request.params,
+            seed=request.seed,
+            stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
+            bad_words_ids=request.bad_words_ids,
+            guide=request.guide,
+            guided_from=request.guided_from,
+            pooling=request.pooling,
+        )
+
 
 @dataclass(slots=True)
 class StepPlan:

@@ -56,6 +56,7 @@ class Request:
         "min_total",
         "num_cached_tokens",
         "num_computed",
+        "num_faults",
         "num_forks_waiting",
         "num_in_flight",
         "num_pending",
@@ -133,7 +134,8 @@ class Request:
         self.weight = weight
         self.flow: Flow | None = None  # where it waits or runs
         self.place: tuple[int, float, int, int] | None = None  # among those that run; see `FairQueue`
-        self.num_preemptions = 0
+        self.num_preemptions = 0  # times it was put back into the queue
+        self.num_faults = 0  # steps with it that raised since its last token; while there are any, it is a suspect
         self.queued_ts = 0.0  # seconds of the monotonic clock
 
         self.num_computed = 0

@@ -25,6 +25,7 @@ from nanovllm.engine.kv_cache import KVCacheManager
 from nanovllm.engine.plan import EngineOutput, RowStart, StepPlan, StepResult
 from nanovllm.engine.repetition import ends_in_repetition
 from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.suspects import Suspects
 from nanovllm.errors import ParameterError
 
 Array = np.ndarray[Any, Any]
@@ -51,12 +52,15 @@ class Scheduler:
         self.requests: dict[str, Request] = {}  # not finished
         self.leaving: dict[str, Request] = {}  # finished, but a plan under way still names them
         self.held: dict[str, Request] = {}  # finished, blocks kept for forks, oldest first
+        self.suspects = Suspects()  # their step raised; those that wait are not in ``waiting``
         self.num_waiting = 0
         self.num_preemptions = 0
+        self.num_retries = 0  # requests computed again because their step raised
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_arrived = 0
         self._num_steps = 0
         self._pressed = False  # in this step, blocks ran short for a running request
+        self._most_tokens = config.max_num_batched_tokens  # in a step; less for a while after memory ran out
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -118,14 +122,48 @@ class Scheduler:
         """Plan the next step, or None if nothing can run before a plan under way has reported."""
         plan = StepPlan(self._num_steps)
         self._pressed = False
-        budget, chunks = self._plan_decodes(plan, self.config.max_num_batched_tokens)
-        budget = self._plan_chunks(plan, budget, chunks)
-        if not self._pressed:  # whoever runs goes before newcomers in getting blocks
-            self._plan_waiting(plan, budget)
+        if self.suspects:
+            if any(request.num_in_flight for request in self.suspects.group):
+                return None  # whatever follows would be void with it
+            self._plan_suspects(plan)
+        if not plan.requests:
+            self._plan_all(plan)
         if not plan.requests:
             return None
         self._num_steps += 1
         return self._seal(plan)
+
+    def _plan_all(self, plan: StepPlan) -> None:
+        """Running requests, then newcomers."""
+        if self._most_tokens < self.config.max_num_batched_tokens:
+            budget = self._plan_chunks(plan, self._most_tokens, self._unfinished(self.running))
+        else:
+            budget, chunks = self._plan_decodes(plan, self._most_tokens)
+            budget = self._plan_chunks(plan, budget, chunks)
+        if not self._pressed and not self.suspects:  # whoever runs goes before newcomers in getting blocks
+            self._plan_waiting(plan, budget)
+
+    def _plan_suspects(self, plan: StepPlan) -> None:
+        """Those on trial, and nobody else. None of them, if others that run have to leave them blocks first."""
+        group = self.suspects.group
+        budget = self._plan_chunks(plan, self._most_tokens, self._unfinished(group))
+        for request in group:
+            if request.status == RequestStatus.WAITING and budget > 0 and not self._pressed and self._free_rows:
+                count = self._admit(request, plan, budget)
+                if count == 0:
+                    return
+                budget -= count
+
+    def _unfinished(self, requests: Iterable[Request]) -> list[Request]:
+        """Those that run and lack tokens, decodes first; for steps in which there may not be room for every decode."""
+        found = [
+            request
+            for request in requests
+            if request.status == RequestStatus.RUNNING
+            and request.num_tokens > request.num_computed
+            and not (request.num_pending and request.num_tokens >= request.max_total)
+        ]
+        return sorted(found, key=lambda request: request.num_tokens - request.num_computed != 1)
 
     def _plan_decodes(self, plan: StepPlan, budget: int) -> tuple[int, list[Request]]:
         """Pass 1: running requests that lack one token. Also returns those that lack more.
@@ -168,41 +206,36 @@ class Scheduler:
 
     def _plan_waiting(self, plan: StepPlan, budget: int) -> None:
         """Pass 3: admit waiting requests in order, while budget, rows and blocks last."""
-        whole = not self.config.enable_chunked_prefill
         while budget > 0 and self._free_rows:
             request = self._peek_waiting()
             if request is None or request.num_in_flight:
                 return
-            request.row = self._free_rows[-1]
-            count = self.kv.admit(request, plan, self._chunk_limit(budget), whole)
+            count = self._admit(request, plan, budget)
             if count == 0:
-                request.row = -1
-                if plan.requests or self.running or not self._reclaim_held():
-                    return
-                continue
-            self._free_rows.pop()
+                return
             heapq.heappop(self.waiting)
-            self.num_waiting -= 1
-            self._leave_parent(request)
-            request.status = RequestStatus.RUNNING
-            insort(self.running, request, key=_key)
-            plan.requests.append(request)
-            plan.num_new.append(count)
-            plan.starts.append(
-                RowStart(
-                    row=request.row,
-                    token_ids=list(request.token_ids),
-                    num_prompt_tokens=request.num_prompt_tokens,
-                    params=request.params,
-                    seed=request.seed,
-                    stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
-                    bad_words_ids=request.bad_words_ids,
-                    guide=request.guide,
-                    guided_from=request.guided_from,
-                    pooling=request.pooling,
-                )
-            )
             budget -= count
+
+    def _admit(self, request: Request, plan: StepPlan, budget: int) -> int:
+        """Give a waiting request a row and blocks; the number of its tokens in this step, 0 if it has to go on waiting.
+
+        Whoever waits for blocks goes before requests that hold some for forks, if nobody else will free any.
+        """
+        request.row = self._free_rows[-1]
+        whole = not self.config.enable_chunked_prefill
+        while not (count := self.kv.admit(request, plan, self._chunk_limit(budget), whole)):
+            if plan.requests or self.running or not self._reclaim_held():
+                request.row = -1
+                return 0
+        self._free_rows.pop()
+        self.num_waiting -= 1
+        self._leave_parent(request)
+        request.status = RequestStatus.RUNNING
+        insort(self.running, request, key=_key)
+        plan.requests.append(request)
+        plan.num_new.append(count)
+        plan.starts.append(RowStart.of(request))
+        return count
 
     def _seal(self, plan: StepPlan) -> StepPlan:
         """Fill in what follows from the choice of requests, and advance them."""
@@ -255,14 +288,18 @@ class Scheduler:
             index = plan.requests.index(victim)
             del plan.requests[index], plan.num_new[index]
         self.running.pop()
-        self.kv.free(victim)
-        self._free_rows.append(victim.row)
-        victim.row = -1
-        victim.num_computed = victim.num_registered = 0
-        victim.num_stale = victim.num_in_flight
-        victim.num_preemptions += 1
         self.num_preemptions += 1
-        self._enqueue(victim)
+        self._put_back(victim)
+
+    def _put_back(self, request: Request) -> None:
+        """A request that ran is to wait again, without blocks; its caller takes it off ``running``."""
+        self.kv.free(request)
+        self._free_rows.append(request.row)
+        request.row = -1
+        request.num_computed = request.num_registered = 0
+        request.num_stale = request.num_in_flight
+        request.num_preemptions += 1
+        self._enqueue(request)
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -319,8 +356,12 @@ class Scheduler:
                 self._finish(request, output.finish_reason)
                 any_finished = True
             outputs.append(output)
+            if request.num_faults:
+                self.suspects.clear(request)
         if any_finished:
             self._drop_finished()
+            if self._most_tokens < self.config.max_num_batched_tokens:  # more again, but never without progress
+                self._most_tokens = min(self._most_tokens * 9 // 8 + 1, self.config.max_num_batched_tokens)
         return outputs
 
     def _pool(self, request: Request, vector: Array) -> EngineOutput:
@@ -332,19 +373,39 @@ class Scheduler:
         self._finish(request, "stop")
         return EngineOutput(request.request_id, [], "stop", num_cached_tokens=request.num_cached_tokens, pooled=vector)
 
-    def fail(self, plans: Iterable[StepPlan], message: str) -> list[EngineOutput]:
-        """A step raised: it and the plans made on top of it are void. Their requests end with an error."""
-        outputs = []
+    def fail(self, plans: Sequence[StepPlan], message: str, out_of_memory: bool = False) -> list[EngineOutput]:
+        """The first of these plans raised, and the others were made on top of it: all are void, and none is under way.
+
+        Their requests are computed again, those of the first as `Suspects`. Whoever has failed alone too often ends
+        with an error. Where memory ran out, steps have half the tokens for a while, and nobody ends as long as that
+        can help.
+        """
+        accused = [request for request in plans[0].requests if request.status == RequestStatus.RUNNING]
         for plan in plans:
             for request in plan.requests:
                 request.num_in_flight -= 1
-                if not request.finished:
-                    self._finish(request, "error")
-                    outputs.append(EngineOutput(request.request_id, [], "error", message))
-                elif request.num_in_flight == 0:
-                    self._leave(request)
-        self._drop_finished()
-        return outputs
+            for index in plan.sampled:
+                plan.requests[index].num_pending -= 1
+        can_shrink = out_of_memory and self.config.enable_chunked_prefill and plans[0].num_tokens > 1
+        guilty = self.suspects.accuse(sorted(accused, key=_key)) and not can_shrink
+        for request in {request.request_id: request for plan in plans for request in plan.requests}.values():
+            request.num_stale = 0
+            if request.status == RequestStatus.RUNNING:
+                if guilty and request is accused[0]:
+                    self.kv.distrust(request)
+                self._put_back(request)
+            elif request.finished:
+                self._leave(request)
+        self.running = [request for request in self.running if request.status == RequestStatus.RUNNING]
+        if can_shrink:
+            self._most_tokens = plans[0].num_tokens // 2
+        if not guilty:
+            self.num_retries += len(accused)
+            return []
+        if out_of_memory:  # not for want of smaller steps
+            self._most_tokens = self.config.max_num_batched_tokens
+        self._finish(accused[0], "error")
+        return [EngineOutput(accused[0].request_id, [], "error", message)]
 
     def _check_stop(self, request: Request, token: int, output: EngineOutput) -> None:
         """EOS, stop ids, length, repetition, in this order; nothing but length ends a request below min_tokens."""
@@ -369,8 +430,9 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         request.status = RequestStatus.WAITING
-        heapq.heappush(self.waiting, (request.key, request))
         self.num_waiting += 1
+        if not request.num_faults:  # else its group knows it
+            heapq.heappush(self.waiting, (request.key, request))
 
     def _enqueue_forks(self, parent: Request) -> None:
         for fork in parent.forks.values():
@@ -402,6 +464,8 @@ class Scheduler:
             if len(self.waiting) > 2 * self.num_waiting + 64:  # mostly aborted requests
                 self.waiting = [entry for entry in self.waiting if not entry[1].finished and entry[1] is not request]
                 heapq.heapify(self.waiting)
+        if request.num_faults:
+            self.suspects.clear(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]

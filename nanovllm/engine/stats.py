@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 10.0  # seconds
+# A step raised; memory did not suffice for one; the engine's process ended by itself; a client was left because it took
+# nothing, or sent nothing, for too long.
+FAULTS = ("step_failed", "out_of_memory", "engine_died", "client_stalled")
 
 
 @dataclass(slots=True)
@@ -44,7 +48,9 @@ class StepStats:
         num_steps, num_tokens: steps, and tokens they computed.
         prompt_tokens: of the prompts that were admitted, cached tokens included.
         prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache, and found.
-        num_preemptions: requests put back into the queue.
+        num_preemptions: requests put back into the queue because blocks ran short.
+        num_retries: requests computed again because their step raised.
+        faults: names of the faults that were met, in order.
         admissions: requests that were admitted.
     """
 
@@ -58,6 +64,8 @@ class StepStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
+    num_retries: int = 0
+    faults: list[str] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
 
 
@@ -67,7 +75,7 @@ class StepMeter:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._stats = StepStats()
-        self._num_preemptions = 0  # when last taken
+        self._num_preemptions = self._num_retries = 0  # when last taken
 
     def queued(self, requests: Iterable[Request]) -> None:
         """Requests have arrived."""
@@ -84,6 +92,10 @@ class StepMeter:
             rows = {start.row for start in plan.starts}
             self._admitted([request for request in plan.requests if request.row in rows])
 
+    def failed(self, fault: str) -> None:
+        """A step has raised."""
+        self._stats.faults.append(fault)
+
     def take(self) -> StepStats:
         """What has happened since the last call."""
         scheduler, stats = self._scheduler, self._stats
@@ -92,7 +104,8 @@ class StepMeter:
         stats.num_running, stats.num_waiting = len(scheduler.running), scheduler.num_waiting
         stats.kv_cache_usage = 1.0 - pool.num_free / pool.num_usable
         stats.num_preemptions = scheduler.num_preemptions - self._num_preemptions
-        self._num_preemptions = scheduler.num_preemptions
+        stats.num_retries = scheduler.num_retries - self._num_retries
+        self._num_preemptions, self._num_retries = scheduler.num_preemptions, scheduler.num_retries
         self._stats = StepStats()
         return stats
 
@@ -141,7 +154,9 @@ class EngineStats:
     Attributes:
         observers: told of every step and of every request's end.
         num_running, num_waiting, kv_cache_usage: after the last step.
-        steps, prompt_tokens, generation_tokens, prefix_cache_queries, prefix_cache_hits, num_preemptions: totals.
+        steps, prompt_tokens, generation_tokens, prefix_cache_queries, prefix_cache_hits, num_preemptions, num_retries:
+            totals.
+        faults: how often each fault was met, by its name in `FAULTS`.
     """
 
     def __init__(self) -> None:
@@ -155,6 +170,9 @@ class EngineStats:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self.num_preemptions = 0
+        self.num_retries = 0
+        self.faults = Counter(dict.fromkeys(FAULTS, 0))
+        self._last_fault_ts: float | None = None
         self._last_step_ts = time.monotonic()
         # Outputs under way, by their ids in the engine: the time of the last token; before the first, that of arrival,
         # as a negative number.
@@ -163,6 +181,15 @@ class EngineStats:
     def last_step_age(self) -> float:
         """Seconds since the engine last reported a step; since its start, if it never did."""
         return time.monotonic() - self._last_step_ts
+
+    def fault(self, name: str) -> None:
+        """A fault was met; ``name`` is one of `FAULTS`. Whoever calls this logs it."""
+        self.faults[name] += 1
+        self._last_fault_ts = time.monotonic()
+
+    def last_fault_age(self) -> float | None:
+        """Seconds since the last fault; None: there was none."""
+        return None if self._last_fault_ts is None else time.monotonic() - self._last_fault_ts
 
     def add(self, output_ids: Iterable[str], arrival_ts: float) -> None:
         """Outputs (by their ids in the engine) are expected from now on."""
@@ -182,6 +209,9 @@ class EngineStats:
         self.prefix_cache_queries += stats.prefix_cache_queries
         self.prefix_cache_hits += stats.prefix_cache_hits
         self.num_preemptions += stats.num_preemptions
+        self.num_retries += stats.num_retries
+        for name in stats.faults:
+            self.fault(name)
         if stats.num_steps:
             self._last_step_ts = stats.timestamp
         record = self._record(outputs, stats)

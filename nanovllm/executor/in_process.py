@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.engine.plan import StepPlan, StepResult
 from nanovllm.errors import EngineDeadError
-from nanovllm.runner.model_runner import ModelRunner, PendingStep
+from nanovllm.runner.model_runner import ModelRunner, PendingStep, is_out_of_memory
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -47,7 +47,8 @@ class InProcessExecutor:
     def submit(self, plan: StepPlan) -> PendingStep | FailedStep:
         """Start a step; steps run in the order of submission.
 
-        What a step raises comes out of its handle's ``result()``, and later steps can still be submitted.
+        What a step raises comes out of its handle's ``result()``, and later steps can still be submitted. That memory
+        did not suffice is a MemoryError, whoever finds it out.
 
         Raises:
             EngineDeadError: after ``shutdown``.
@@ -57,7 +58,12 @@ class InProcessExecutor:
         try:
             return self._runner.launch(plan)
         except Exception as error:
-            return FailedStep(error)
+            return FailedStep(MemoryError(str(error)) if is_out_of_memory(error) else error)
+
+    def recover(self) -> None:
+        """Make ready for the next step after one that raised. Raises what the device raises if it takes no more."""
+        if self._runner is not None:
+            self._runner.recover()
 
     def shutdown(self) -> None:
         """Free weights and cache. Idempotent."""

@@ -145,6 +145,16 @@ class ModelRunner:
         most = config.scheduler.max_num_batched_tokens
         return self.ops.record(forward, most, config.cache.block_size, config.enforce_eager) or forward
 
+    def recover(self) -> None:
+        """After a step that raised: see that the device still works, and give back the memory its allocator keeps.
+
+        Raises what the device raises if it takes no further work.
+        """
+        if self.device.type != "cpu":
+            device = torch.get_device_module(self.device)
+            device.synchronize()
+            device.empty_cache()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""
         return self.launch(plan).result()
@@ -186,3 +196,8 @@ class ModelRunner:
             if results:
                 found[index] = results
         return found
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice. Torch has a class for it on devices; on the CPU it has only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -173,6 +173,12 @@ class MetricsObserver(Collector):
         yield self._counter("prefix_cache_hits", "Tokens of prompts found in the prefix cache.", hits)
         text = "Requests put back into the queue, to be computed again."
         yield self._counter("num_preemptions", text, stats.num_preemptions)
+        text = "Requests computed again because their step raised."
+        yield CounterMetricFamily("nanovllm:request_retries", text, stats.num_retries)
+        family = CounterMetricFamily("nanovllm:faults", "Faults that were met, by what it was.", labels=["fault"])
+        for name, count in stats.faults.items():
+            family.add_metric([name], count)
+        yield family
         text = "Requests that have ended, by the reason of the output that ended last."
         reasons = {reason: 0 for reason in ("stop", "length", "abort", "error", "repetition")} | self._finished
         yield self._counter_by("request_success", text, "finished_reason", reasons)

@@ -20,7 +20,7 @@ Seconds = Annotated[float | None, Query(gt=0, description="503 if work is under 
 @router.get("/ping", include_in_schema=False)
 @router.post("/ping", include_in_schema=False)
 async def health(request: Request, max_step_age: Seconds = None) -> Response:
-    """Whether the engine works: its last step's age in seconds, and how many requests it has."""
+    """Whether the engine works: its last step's age in seconds, how many requests it has, and the faults it has met."""
     context = get_context(request)
     engine = context.engine
     await engine.check_health()
@@ -36,6 +36,8 @@ async def health(request: Request, max_step_age: Seconds = None) -> Response:
         "last_step_age": round(age, 3),
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,
+        "faults": {name: count for name, count in stats.faults.items() if count},
+        "last_fault_age": None if (fault_age := stats.last_fault_age()) is None else round(fault_age, 3),
     }
     return JSONResponse(state)
 
