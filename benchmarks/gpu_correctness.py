@@ -111,6 +111,28 @@ def graphs(setup: Setup) -> dict[str, Any]:
     return {"passed": different == 0, "requests": len(prompts), "different": different}
 
 
+def attention_backends(setup: Setup) -> dict[str, Any]:
+    """Every attention that is installed agrees with the first, in prompts and in recorded decodes of mixed batches."""
+    draw = random.Random(3)
+    prompt = [draw.randrange(3, 5000) for _ in range(setup.few(300, 30))]
+    prompts, params = _mixed_requests(setup)
+    results: dict[str, Any] = {}
+    wanted: torch.Tensor | None = None
+    for backend in setup.attention_backends():
+        with setup.engine(attention_backend=backend, max_num_seqs=setup.few(29, 3)) as llm:
+            found = _our_prompt_logprobs(llm, prompt)
+            lengths = [len(tokens) for tokens in generate(llm, prompts, params)]
+            scored = llm.generate([{"prompt_token_ids": prompt}], fixed(8, logprobs=0), use_tqdm=False)[0].outputs[0]
+        free_memory()
+        last = torch.tensor([scored.logprobs[0][scored.token_ids[0]].logprob])
+        found = torch.cat([found, last])
+        wanted = found if wanted is None else wanted
+        results[backend or "own"] = (found - wanted).abs().mean().item()
+        right = results[backend or "own"] < 0.02 and lengths == [each.max_tokens for each in params]
+        results["passed"] = results.get("passed", True) and right
+    return results
+
+
 def prefix_cache(setup: Setup) -> dict[str, Any]:
     """A prompt whose beginning is cached gives the tokens it gave before. float32: chunks round differently."""
     draw = random.Random(2)
@@ -177,8 +199,10 @@ def waiting(setup: Setup) -> dict[str, Any]:
         "temperature": fixed(16, 0.7),
         "top_p": fixed(16, 0.7, top_p=0.8),
         "top_k": fixed(16, 0.7, top_k=20),
-        "penalties": fixed(16, 0.7, repetition_penalty=1.1, presence_penalty=0.5),
-        "logprobs": fixed(16, logprobs=5),
+        "min_p": fixed(16, 0.7, min_p=0.05),
+        "penalties": fixed(16, 0.7, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.2),
+        "named tokens": fixed(16, 0.7, logit_bias={5: 1.0}, allowed_token_ids=[5, 6, 7]),
+        "logprobs": fixed(16, logprobs=5, prompt_logprobs=2),
     }
     results: dict[str, Any] = {}
     with setup.engine(max_num_seqs=8) as llm:
@@ -203,13 +227,13 @@ def waiting(setup: Setup) -> dict[str, Any]:
             places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
             results[name] = places
     free_memory()
-    # Log-probabilities are read where they are asked for; nobody else waits.
-    return {"passed": not any(places for name, places in results.items() if name != "logprobs"), **results}
+    return {"passed": not any(results.values()), **results}
 
 
 CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "operators": operators,
     "parity": parity,
+    "attention_backends": attention_backends,
     "graphs": graphs,
     "prefix_cache": prefix_cache,
     "preemption": preemption,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 import time
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ParameterError
+from nanovllm.ops import operator_table
 
 
 @dataclass
@@ -61,6 +64,19 @@ class Setup:
         if self.quick:
             settings |= {"num_gpu_blocks_override": 400, "max_model_len": 256}
         return LLM(str(model or self.model), **{**settings, **options})
+
+    def attention_backends(self) -> list[str | None]:
+        """The one that was asked for, or all that are installed; None is the device's own."""
+        if self.attention_backend is not None or not self.on_gpu:
+            return [self.attention_backend]
+        from nanovllm.ops.cuda import ATTENTION_BACKENDS
+
+        found: list[str | None] = []
+        for name in ATTENTION_BACKENDS:
+            with contextlib.suppress(ParameterError):
+                operator_table(self.device, name)
+                found.append(name)
+        return found
 
     def synchronize(self) -> None:
         if self.on_gpu:

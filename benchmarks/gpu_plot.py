@@ -14,9 +14,10 @@ def plot_roofline(results: Path, figures: dict[str, Any]) -> None:
         "Nano-vLLM's benchmark": figures.get("nano_vllm_bench", {}).get("ratio_to_limit"),
         "prefill": figures.get("prefill", {}).get("ratio_to_products"),
     }
-    for name, case in figures.get("attention", {}).items():
-        if isinstance(case, dict):
-            phases[f"attention {name}"] = case["of_copying"]
+    for implementation, cases in figures.get("attention", {}).items():
+        if isinstance(cases, dict) and implementation != "chosen":
+            for name, case in cases.items():
+                phases[f"attention {name} ({implementation})"] = case.get("of_copying", case.get("of_products"))
     for rows, case in figures.get("batch_sweep", {}).items():
         if isinstance(case, dict):
             phases[f"{rows} requests"] = case["ratio_to_limit"]

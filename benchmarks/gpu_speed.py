@@ -16,7 +16,7 @@ import torch
 from gpu_engine import Setup, fixed, free_memory, generate
 from workloads import parameters
 
-from nanovllm.ops import AttentionMetadata, operator_table
+from nanovllm.ops import AttentionMetadata, Operators, operator_table
 
 HERE = Path(__file__).parent
 Requests = tuple[list[list[int]], list[int]]  # prompts, output lengths
@@ -89,41 +89,68 @@ def limit_seconds(setup: Setup, prompts: list[list[int]], output_lens: list[int]
 
 
 def attention(setup: Setup) -> dict[str, Any]:
-    """The decode kernel alone: bytes of keys and values per second, against copying."""
-    ops = operator_table(setup.device, setup.attention_backend)
-    cases = {"256 x 1k": (256, 1024), "1 x 32k": (1, 32_768), "16 x 4k": (16, 4096)}
+    """Attention alone, with each implementation that is installed: decodes against copying, prompts against products.
+
+    ``chosen`` is what an engine takes by itself.
+    """
+    cases = {
+        "256 x 1k": (256, 1024, 1),
+        "1 x 32k": (1, 32_768, 1),
+        "16 x 4k": (16, 4096, 1),
+        "prompts": (16, 1024, 1024),
+    }
     if setup.quick:
-        cases = {"2 x 40": (2, 40)}
-    shape, block_size = setup.shape, 16
-    kv_heads, head_dim = shape["num_key_value_heads"], shape["head_dim"]
+        cases = {"2 x 40": (2, 40, 1), "prompts": (2, 9, 9)}
     results: dict[str, Any] = {}
-    for name, (rows, length) in cases.items():
-        width = -(-length // block_size)
-        table = (torch.randperm(rows * width) + 1).view(rows, width).int().to(setup.device)
-        caches = [
-            torch.randn(rows * width + 1, block_size, kv_heads, head_dim, device=setup.device).to(setup.dtype)
-            for _ in range(2)
-        ]
-        q = torch.randn(rows, shape["num_attention_heads"], head_dim, device=setup.device).to(setup.dtype)
-        slots = torch.zeros(rows, dtype=torch.int64, device=setup.device)
-        meta = AttentionMetadata(list(range(rows + 1)), [length] * rows, rows, 1, length, table, slots, block_size)
-        ops.prepare_attention(meta, [None], setup.dtype)
-        repeats = setup.few(20, 2)
-
-        def layers(meta: Any = meta, q: Any = q, caches: Any = caches, repeats: int = repeats) -> None:
-            for _ in range(repeats):  # launches overlap, as those of a model's layers do
-                ops.paged_attention(q, *caches, meta, head_dim**-0.5, None)
-
-        seconds = setup.seconds(layers, 5) / repeats
-        read = 2 * rows * length * kv_heads * head_dim * setup.dtype.itemsize
-        results[name] = {
-            "microseconds": seconds * 1e6,
-            "bytes_per_s": read / seconds,
-            "of_copying": read / seconds / _limits(setup)["bytes_per_s"],
-        }
-        del caches, q, table, meta
-        free_memory()
+    for backend in setup.attention_backends():
+        ops = operator_table(setup.device, backend)
+        results[backend or "own"] = {}
+        for name, case in cases.items():
+            results[backend or "own"][name] = _attention_case(setup, ops, *case)
+            free_memory()
+    if setup.attention_backend is None and setup.on_gpu:
+        results["chosen"] = _chosen_attention(setup)
     return results
+
+
+def _attention_case(setup: Setup, ops: Operators, rows: int, length: int, new: int) -> dict[str, float]:
+    """``rows`` of ``length`` tokens, of which the last ``new`` are queries."""
+    shape, block_size = setup.shape, 16
+    heads, kv_heads, head_dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    width = -(-length // block_size)
+    table = (torch.randperm(rows * width) + 1).view(rows, width).int().to(setup.device)
+    caches = [
+        torch.randn(rows * width + 1, block_size, kv_heads, head_dim, device=setup.device).to(setup.dtype)
+        for _ in range(2)
+    ]
+    q = torch.randn(rows * new, heads, head_dim, device=setup.device).to(setup.dtype)
+    slots = torch.zeros(rows * new, dtype=torch.int64, device=setup.device)
+    starts, decodes = list(range(0, rows * new + 1, new)), rows if new == 1 else 0
+    meta = AttentionMetadata(starts, [length] * rows, decodes, new, length, table, slots, block_size)
+    ops.prepare_attention(meta, [None], setup.dtype)
+    repeats = setup.few(20, 2)
+
+    def layers() -> None:
+        for _ in range(repeats):  # launches overlap, as those of a model's layers do
+            ops.paged_attention(q, caches[0], caches[1], meta, head_dim**-0.5, None)
+
+    seconds = setup.seconds(layers, 5) / repeats
+    result = {"microseconds": seconds * 1e6}
+    if new == 1:
+        read = 2 * rows * length * kv_heads * head_dim * setup.dtype.itemsize
+        return {**result, "bytes_per_s": read / seconds, "of_copying": read / seconds / _limits(setup)["bytes_per_s"]}
+    operations = 4 * heads * head_dim * rows * sum(range(length - new + 1, length + 1))
+    return {**result, "of_products": operations / seconds / _limits(setup)["operations_per_s"]}
+
+
+def _chosen_attention(setup: Setup) -> dict[str, str]:
+    """What an engine chooses for the model."""
+    with setup.engine() as llm:
+        tune: Any = llm.llm_engine.core.executor._runner.ops.tune
+        chosen = {"decodes": tune.__self__.decodes_with, "longer queries": tune.__self__.long_with}
+        del tune
+    free_memory()
+    return chosen
 
 
 def start(setup: Setup) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cuda_device  # noqa: F401 (before Triton)
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -36,8 +37,8 @@ class FakeGpu(CpuPlatform):
 
 
 def fake_operators(device: str, attention_backend: str | None = None, quantization: str | None = None) -> Operators:
-    """The operators of a GPU, as ``operator_table`` gives them."""
-    return cuda.operators(torch_operators(), HARDWARE, attention_backend, quantization)
+    """The operators of a GPU, as ``operator_table`` gives them; there is nothing here to measure."""
+    return cuda.operators(torch_operators(), HARDWARE, attention_backend or "triton", quantization)
 
 
 class FakeCapture:
@@ -59,6 +60,44 @@ class FakeCapture:
             tape.replay()
 
         return replay, result
+
+
+class _Watcher(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        assert name not in _SYNCHRONISING, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Fail where a GPU would make the host wait: at operators whose shape or value depends on data, and where the
+    numbers of a tensor are read."""
+    launch, readers = GridExecutor.__call__, ("tolist", "numpy", "cpu", "item")
+    own = {name: getattr(Tensor, name) for name in readers}
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def read(*_: Any) -> Any:
+            raise AssertionError(f"Tensor.{name} waits for the device")
+
+        return read
+
+    def launch_kernel(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes(), _attributes(Tensor, own):  # the interpreter may
+            launch(executor, *args, **kwargs)
+
+    refused = {name: refuse(name) for name in readers}
+    with _attributes(GridExecutor, {"__call__": launch_kernel}), _attributes(Tensor, refused), _Watcher():
+        yield
+
+
+@contextlib.contextmanager
+def _attributes(owner: type, values: dict[str, Any]) -> Iterator[None]:
+    """Give a class other attributes for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(owner, name, value)
+        yield
 
 
 class Tape(TorchDispatchMode):

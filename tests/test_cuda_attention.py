@@ -7,6 +7,7 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
+from attention_libraries import varlen_attn
 from cuda_device import DEVICE, HALF_DTYPES, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,43 +213,6 @@ def test_tiles_fit_into_shared_memory(shared_memory: int, head_dim: int, itemsiz
 
 
 # ---- torch's flash attention for longer queries -------------------------------------------------------------------
-
-
-def varlen_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    """What torch's function of this name does on a GPU, one query at a time: causal, aligned to the end."""
-    assert enable_gqa and window_size[1] == 0
-    out = torch.empty_like(query)
-    group = query.shape[1] // key.shape[-2]
-    for row in range(len(cu_seq_q) - 1):
-        if block_table is None:
-            assert cu_seq_k is not None
-            k, v = (x[cu_seq_k[row] : cu_seq_k[row + 1]] for x in (key, value))
-        else:
-            assert seqused_k is not None
-            k, v = (x[block_table[row].long()].flatten(0, 1)[: seqused_k[row]] for x in (key, value))
-        k, v = (x.repeat_interleave(group, 1).double() for x in (k, v))
-        first, end = int(cu_seq_q[row]), int(cu_seq_q[row + 1])
-        assert end - first <= max_q and len(k) <= max_k
-        for i in range(first, end):
-            last = len(k) - (end - i)
-            begin = max(0, last - window_size[0]) if window_size[0] >= 0 else 0
-            p = (torch.einsum("hd,khd->hk", query[i].double(), k[begin : last + 1]) * scale).softmax(-1)
-            out[i] = torch.einsum("hk,khd->hd", p, v[begin : last + 1])
-    return out
 
 
 @pytest.mark.parametrize("block_size", [4, 256])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fake_gpu import HARDWARE, FakeCapture, FakeGpu, fake_operators
+from fake_gpu import HARDWARE, FakeCapture, FakeGpu, fake_operators, nothing_waits
 from paged import load_model, make_metadata
 from tiny_models import make_checkpoint
 
@@ -229,6 +229,39 @@ def test_requests_of_every_kind_side_by_side(engine: Callable[..., LLM]) -> None
     assert scored is not None and [len(position) >= 2 for position in scored] == [True] * 3
     for token, position in zip(together[1].outputs[0].token_ids, scored, strict=True):
         assert position[token].logprob <= 0.0
+
+
+def test_launching_a_step_waits_for_nothing(engine: Callable[..., LLM]) -> None:
+    """Whatever its requests ask for: the next step can be planned while it runs."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0, "prompt_logprobs": 1},
+        {"top_p": 0.3, "min_p": 0.01},
+        {"top_k": 2},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.1},
+        {"logprobs": 2, "logit_bias": {5: 1.0}},
+        {"allowed_token_ids": [5, 6, 7], "min_tokens": 2, "stop_token_ids": [6]},
+    ]
+    params = [
+        SamplingParams(max_tokens=2, detokenize=False, **{"temperature": 0.9, "seed": i, **kind})
+        for i, kind in enumerate(kinds)
+    ]
+    with engine(max_num_seqs=len(kinds)) as llm:
+        runner: Any = llm.llm_engine.core.executor._runner  # type: ignore[attr-defined]
+        launch, launched = runner.launch, []
+
+        def watched(plan: Any) -> Any:
+            launched.append(plan)
+            with nothing_waits():
+                return launch(plan)
+
+        runner.launch = watched
+        prompts: Any = [{"prompt_token_ids": [3 + i, 4, 5]} for i in range(len(kinds))]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert len(launched) >= 2 and all(len(output.outputs[0].token_ids) == 2 for output in outputs)
+    with pytest.raises(AssertionError, match="tolist waits"), nothing_waits():
+        torch.ones(2).tolist()
+    with pytest.raises(AssertionError, match="nonzero waits"), nothing_waits():
+        torch.ones(2).nonzero()
 
 
 def test_keys_and_values_of_eight_bits(engine: Callable[..., LLM]) -> None:

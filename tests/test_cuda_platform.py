@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from nanovllm.errors import ParameterError
+from nanovllm.ops import cuda as ops_cuda
+from nanovllm.ops import torch_operators
+from nanovllm.ops.cuda import Hardware
 from nanovllm.platforms import CudaPlatform, cuda, cuda_driver, get_platform
 from nanovllm.platforms.cuda_driver import Gpu
 
@@ -98,6 +101,52 @@ def test_memory_of_other_processes_is_theirs(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated * gib)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * gib)
     assert CudaPlatform(HOPPER).memory_budget(utilization) == budget * gib
+
+
+# ---- GPUs of every age -----------------------------------------------------------------------------------------------
+
+CUDA_12 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 0), CUDA_12, True),
+        ((7, 0), CUDA_13, False),
+        ((7, 5), CUDA_13, True),
+        ((8, 9), CUDA_12, True),  # machine code of 8.6
+        ((9, 0), CUDA_13, True),
+        ((10, 0), CUDA_12, False),
+        ((10, 3), CUDA_13, True),
+        ((12, 1), CUDA_13, True),
+        ((13, 0), CUDA_13, True),  # compiled from the intermediate code when it is loaded
+    ],
+)
+def test_a_torch_without_code_for_the_gpu_is_told_at_once(
+    capability: tuple[int, int], built_for: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=80, name="G")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    if runs:
+        assert Hardware.of_current_device() == Hardware(capability, 80, 99 << 10, "G")
+        return
+    with pytest.raises(ParameterError, match=r"G has compute capability .* is built for sm_7") as caught:
+        Hardware.of_current_device()
+    assert (caught.value.parameter, caught.value.value) == ("device", "cuda")
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_before_ampere_torchs_operators_run(capability: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
+    base = torch_operators()
+    ops = ops_cuda.operators(base, Hardware(capability, 80, 99 << 10))
+    assert ops == base and ops.record(lambda *_: None, 8, 16) is None and ops.choose is ops.penalise is ops.tune is None
+    assert "running on torch's operators, which are slower" in caplog.text
+    for options in ({"attention_backend": "triton"}, {"quantization": "int8"}):
+        with pytest.raises(ParameterError, match=r"does not compile for compute capability 7.*leave it out"):
+            ops_cuda.operators(base, Hardware(capability, 80, 99 << 10), **options)
 
 
 class FakeDriver:

@@ -38,14 +38,14 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
 
 
 def operator_table(device: str, attention_backend: str | None = None, quantization: str | None = None) -> Operators:
-    """The operators of ``device`` ("cpu" or "cuda"), for one engine: torch's, but for those the device does better.
+    """The operators of ``device`` ("cpu", "cuda" or "npu"), for one engine: torch's, but for those the device does better.
 
     ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's, and a
     GPU has some of its own. ``quantization`` ("int8", "int4", "w8a8", on a GPU "fp8" too) is what ``pack_linear`` does
     to a weight. Raises ParameterError for what does not exist.
     """
-    if device not in ("cpu", "cuda"):
-        raise ParameterError("no operators for this device; choose 'cpu' or 'cuda'", "device", device)
+    if device not in ("cpu", "cuda", "npu"):
+        raise ParameterError("no operators for this device; choose 'cpu', 'cuda' or 'npu'", "device", device)
     own = _own_backends(device)
     if attention_backend not in (None, *own, *ATTENTION_BACKENDS):
         choices = ", ".join((*own, *ATTENTION_BACKENDS))
@@ -53,11 +53,15 @@ def operator_table(device: str, attention_backend: str | None = None, quantizati
     if attention_backend not in ATTENTION_BACKENDS:
         return _own_operators(device, torch_operators(), attention_backend, quantization)
     torchs = torch_operators(attention_backend)
+    own_operators = _own_operators(device, torchs, None, quantization)
+    if own_operators.new_cache is not None:
+        raise ParameterError("only this device's own attention reads its cache", "attention_backend", attention_backend)
     return replace(
-        _own_operators(device, torchs, None, quantization),
+        own_operators,
         prepare_attention=torchs.prepare_attention,
         paged_attention=torchs.paged_attention,
         record=torchs.record,
+        tune=None,
     )
 
 
@@ -72,6 +76,10 @@ def _own_operators(device: str, base: Operators, attention_backend: str | None, 
         from nanovllm.ops import cuda
 
         return cuda.operators(base, cuda.Hardware.of_current_device(), attention_backend, quantization)
+    if device == "npu":
+        from nanovllm.ops import npu
+
+        return npu.operators(base, *npu.current_device(), quantization)
     from nanovllm.ops import cpu
 
     return cpu.operators(base, quantization)

@@ -14,6 +14,8 @@ from nanovllm.ops.metadata import AttentionMetadata
 
 Array = np.ndarray[Any, Any]
 Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]  # input_ids, positions, meta -> hidden states
+# num_blocks, block_size, kv_heads, head_dim, dtype, device -> keys or values of a layer, blocks first; uninitialised.
+NewCache = Callable[[int, int, int, int, torch.dtype, torch.device], Tensor]
 # logits float32 [S, V], then arrays [S]: temperature (0: greedy), top_k (0: off), top_p, min_p, seeds uint64, positions
 # -> tokens int64 [S]. The meaning is that of runner/choice.py.
 Choose = Callable[[Tensor, Array, Array, Array, Array, Array, Array], Tensor]
@@ -21,6 +23,27 @@ Choose = Callable[[Tensor, Array, Array, Array, Array, Array, Array], Tensor]
 # row of logits concerned: its number, its row of the table, the position to be chosen, its prompt's length (int64),
 # repetition (1: off), frequency and presence (0: off; float32). The meaning is that of runner/logit_rules.py.
 Penalise = Callable[[Tensor, Tensor, Array, Array, Array, Array, Array, Array, Array], None]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the speed of a model's attention depends on.
+
+    Attributes:
+        window: of its first layer; None: full attention.
+        rows: most rows of a step.
+        longest: most tokens of a row.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    window: int | None
+    rows: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -45,3 +68,5 @@ class Operators:
     record: Callable[..., Forward | None]
     choose: Choose | None = None  # None: runner/choice.py, with torch
     penalise: Penalise | None = None  # None: runner/logit_rules.py, with torch
+    new_cache: NewCache | None = None  # None: [num_blocks, block_size, kv_heads, head_dim]
+    tune: Callable[[AttentionShape, torch.device], None] | None = None  # chooses attention for a model

@@ -23,6 +23,7 @@ from nanovllm.runner.logprobs import Reader, gather_logprobs
 from nanovllm.runner.pooler import Pooler
 from nanovllm.runner.ragged import to_device
 from nanovllm.runner.sampler import Sampler, mark_invalid
+from nanovllm.runner.trial import tune_attention
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -91,6 +92,7 @@ class ModelRunner:
         if config.cache.dtype != "auto":
             self.model.kv_dtype = torch.float8_e4m3fn
         load_weights(self.model, model.path, model.load_format, model.seed)
+        tune_attention(config, self.model, self.ops)
 
         block_size, max_rows = config.cache.block_size, config.scheduler.max_num_seqs
         self.num_blocks = count_blocks(config, self.model, platform)

@@ -1,4 +1,4 @@
-"""A step of the largest size, tried at the start: to see what memory it takes, and to have its kernels compiled."""
+"""What is tried at the start: attention, and a step of the largest size, for its memory and to compile its kernels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nanovllm.ops import AttentionMetadata
+from nanovllm.ops import AttentionMetadata, Operators
+from nanovllm.ops.operators import AttentionShape
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.models import Decoder
     from nanovllm.models.decoder import KVCaches
+
+
+def tune_attention(config: EngineConfig, model: Decoder, ops: Operators) -> None:
+    """Have the device choose its attention for this model, where it has a choice."""
+    if ops.tune is None:
+        return
+    spec = model.spec
+    shape = AttentionShape(
+        num_heads=spec.num_heads * model.num_kv_heads // spec.num_kv_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.cache.block_size,
+        dtype=model.dtype,
+        kv_dtype=model.kv_dtype,
+        window=spec.windows[0],
+        rows=config.scheduler.max_num_seqs,
+        longest=config.model.max_model_len,
+    )
+    ops.tune(shape, model.norm.weight.device)
 
 
 @torch.inference_mode()

@@ -66,7 +66,8 @@ class LongPlan:
     seq_lens_host: Array
     first_row: int
     _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _gathered: tuple[Tensor, Tensor] | None = None
+    _key_starts: Tensor | None = None
+    _slots: Tensor | None = None
 
     def cut(self, queries: int) -> tuple[Tensor, Tensor]:
         """Row and first query of every tile of ``queries`` queries, int32 on the device."""
@@ -81,17 +82,34 @@ class LongPlan:
         """Tokens of the longest of these rows."""
         return int(self.seq_lens_host[self.first_row :].max())
 
-    def gathered(self, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """Slots of all tokens of these rows, one after the other (int64), and where each row begins (int32 [n + 1])."""
-        if self._gathered is None:
+    @property
+    def max_query_len(self) -> int:
+        """New tokens of the row that has most of them."""
+        return int(np.diff(self.query_start_host[self.first_row :]).max())
+
+    @property
+    def starts(self) -> Tensor:
+        """Where each of these rows begins among their queries: int32 [rows + 1]."""
+        return self.query_start[self.first_row :] - self.first_row  # one token of every decode comes before
+
+    @property
+    def key_starts(self) -> Tensor:
+        """Where each of these rows begins among all of their tokens: int32 [rows + 1]."""
+        if self._key_starts is None:
+            lengths = self.seq_lens[self.first_row :]
+            self._key_starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        return self._key_starts
+
+    def slots(self, table: Tensor, block_size: int) -> Tensor:
+        """Slots of all tokens of these rows, one after the other: int64."""
+        if self._slots is None:
             lengths = self.seq_lens[self.first_row :]
             total = int(self.seq_lens_host[self.first_row :].sum())  # known: the device need not be asked
             rows = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths, output_size=total)
-            starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-            position = torch.arange(total, device=table.device) - starts[rows]
+            position = torch.arange(total, device=table.device) - self.key_starts[rows]
             blocks = table[self.first_row :][rows, position // block_size].long()
-            self._gathered = blocks * block_size + position % block_size, starts.int()
-        return self._gathered
+            self._slots = blocks * block_size + position % block_size
+        return self._slots
 
 
 @dataclass(slots=True)
@@ -163,12 +181,13 @@ class TritonAttention:
             raise ValueError("the caches must be laid out alike, heads and rows of the block table without gaps")
         layer = Layer(q, k_cache, v_cache, out, table, window or 0, cache, scale)
         if plan.decodes is not None:
-            self._decode(layer, plan.decodes)
+            self.decode(layer, plan.decodes)
         if plan.long is not None:
-            self._long(layer, plan.long)
+            self.long(layer, plan.long)
         return out
 
-    def _decode(self, layer: Layer, plan: DecodePlan) -> None:
+    def decode(self, layer: Layer, plan: DecodePlan) -> None:
+        """Rows with one new token, the first of ``layer.q``; their result goes to ``layer.out``."""
         q, (heads, group, head_dim, head_pad) = layer.q, layer.shape
         capacity, rows = plan.item_row.shape[0], plan.seq_lens.shape[0]
         partial = torch.empty((capacity, heads, head_dim), dtype=torch.float32, device=q.device)
@@ -184,7 +203,8 @@ class TritonAttention:
             partial, partial_lse, layer.out, plan.item_start, H=heads, D=head_dim, D_PAD=head_pad, PIECES=16
         )
 
-    def _long(self, layer: Layer, plan: LongPlan) -> None:
+    def long(self, layer: Layer, plan: LongPlan) -> None:
+        """Rows with several new tokens, behind those with one."""
         q, (heads, group, head_dim, head_pad) = layer.q, layer.shape
         tiles = long_tiles(head_pad, q.element_size(), self._shared_memory)
         lines = max(tiles.lines, triton.next_power_of_2(group))
@@ -200,7 +220,7 @@ class TritonAttention:
 
 @dataclass(slots=True)
 class Layer:
-    """One call's arguments, as both kernels take them."""
+    """One call's arguments, as the kernels take them."""
 
     q: Tensor
     k_cache: Tensor
@@ -216,6 +236,24 @@ class Layer:
         """Query heads, heads that share a KV head, head size, and that padded."""
         heads, head_dim = self.q.shape[1:]
         return heads, heads // self.k_cache.shape[2], head_dim, max(16, triton.next_power_of_2(head_dim))
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether flash attention of other libraries covers it: 16 bits, also in the cache, and whole vectors."""
+        q = self.q
+        half = q.dtype in (torch.float16, torch.bfloat16) and self.k_cache.dtype == q.dtype
+        return half and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+
+    def gather(self, plan: LongPlan) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows with several new tokens in one piece: two of [tokens, Hk, D]."""
+        slots = plan.slots(self.table, self.k_cache.shape[1])
+        k, v = (cache.flatten(0, 1).index_select(0, slots) for cache in (self.k_cache, self.v_cache))
+        return k, v
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Keys that a query sees before and behind its own, as flash attention counts them; -1: all."""
+        return (self.window - 1 if self.window else -1, 0)
 
     @property
     def numbers(self) -> tuple[float, ...]:

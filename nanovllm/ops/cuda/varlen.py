@@ -38,29 +38,25 @@ class VarlenAttention(TritonAttention):
         self._reads_pages = {"block_table", "seqused_k"} <= parameters
         self._options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
 
-    def _long(self, layer: Layer, plan: LongPlan) -> None:
-        q, k_cache = layer.q, layer.k_cache
-        if q.dtype not in (torch.float16, torch.bfloat16) or k_cache.dtype != q.dtype or q.shape[2] % 8:
-            super()._long(layer, plan)
+    def long(self, layer: Layer, plan: LongPlan) -> None:
+        """See `TritonAttention.long`."""
+        if not layer.is_flash:
+            super().long(layer, plan)
             return
-        first = plan.first_row
-        lengths = plan.query_start_host[1:] - plan.query_start_host[:-1]
+        first, k_cache = plan.first_row, layer.k_cache
         shared = {
-            "max_q": int(lengths[first:].max()),
+            "max_q": plan.max_query_len,
             "max_k": plan.max_seq_len,
             "scale": layer.scale,
-            "window_size": (layer.window - 1 if layer.window else -1, 0),
+            "window_size": layer.reach,
             **self._options,
         }
-        queries = q[first:]  # one token of every decode comes before
-        starts = plan.query_start[first:] - first
+        queries = layer.q[first:]
         if self._reads_pages and k_cache.shape[1] % _PAGE == 0:
             paged = {"seqused_k": plan.seq_lens[first:], "block_table": layer.table[first:]}
-            out = self._varlen(queries, k_cache, layer.v_cache, starts, None, **shared, **paged)
+            out = self._varlen(queries, k_cache, layer.v_cache, plan.starts, None, **shared, **paged)
         else:
-            slots, ends = plan.gathered(layer.table, k_cache.shape[1])
-            k, v = (cache.flatten(0, 1).index_select(0, slots) for cache in (k_cache, layer.v_cache))
-            out = self._varlen(queries, k, v, starts, ends, **shared)
+            out = self._varlen(queries, *layer.gather(plan), plan.starts, plan.key_starts, **shared)
         layer.out[first:] = out
 
 
