@@ -25,6 +25,7 @@ from nanovllm.ops.cuda import attention
 from nanovllm.ops.cuda.attention import Tiles, TritonAttention
 from nanovllm.ops.cuda.graphs import DecodePlans
 from nanovllm.ops.graphs import BUCKETS, DecodeGraphs
+from nanovllm.runner.model_runner import is_out_of_memory
 
 BLOCK = 4
 
@@ -262,6 +263,46 @@ def test_launching_a_step_waits_for_nothing(engine: Callable[..., LLM]) -> None:
         torch.ones(2).tolist()
     with pytest.raises(AssertionError, match="nonzero waits"), nothing_waits():
         torch.ones(2).nonzero()
+
+
+class LittleMemory:
+    """A forward pass that has no memory for steps of more than 6 tokens, nor to record steps of 2 rows at first."""
+
+    def __init__(self, forward: DecodeGraphs) -> None:
+        self.forward = forward
+        self.failures = self.releases = 0
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, meta: Any) -> Tensor:
+        decodes = len(positions) == meta.num_decodes
+        if len(positions) > 6 or (decodes and len(positions) == 2 and not self.releases):
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.forward(input_ids, positions, meta)
+
+    def release(self) -> None:
+        self.releases += 1
+        self.forward.release()
+
+
+def test_where_memory_runs_out_smaller_steps_give_the_same_tokens(engine: Callable[..., LLM]) -> None:
+    wanted = generate(engine())
+    llm = engine()
+    runner: Any = llm.llm_engine.core.executor._runner  # type: ignore[attr-defined]
+    runner.forward = memory = LittleMemory(runner.forward)
+    assert generate(llm) == wanted
+    assert memory.failures == memory.releases > 0
+
+
+def test_memory_that_runs_out_behind_another_error_is_seen() -> None:
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        assert is_out_of_memory(error)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_keys_and_values_of_eight_bits(engine: Callable[..., LLM]) -> None:

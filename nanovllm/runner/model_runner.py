@@ -148,13 +148,18 @@ class ModelRunner:
         return self.ops.record(forward, most, config.cache.block_size, config.enforce_eager) or forward
 
     def recover(self) -> None:
-        """After a step that raised: see that the device still works, and give back the memory its allocator keeps.
+        """After a step that raised: see that the device still works, and give back all memory that can be had again.
 
         Raises what the device raises if it takes no further work.
         """
-        if self.device.type != "cpu":
-            device = torch.get_device_module(self.device)
+        on_device = self.device.type != "cpu"
+        device = torch.get_device_module(self.device)
+        if on_device:
             device.synchronize()
+        release = getattr(self.forward, "release", None)  # what is recorded holds memory, and may be to blame
+        if release is not None:
+            release()
+        if on_device:
             device.empty_cache()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -200,6 +205,16 @@ class ModelRunner:
         return found
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice. Torch has a class for it on devices; on the CPU it has only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+_NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory did not suffice. Torch has a class for it on devices; on the CPU, and of libraries, only words.
+
+    What raised while another error was under way (the end of a recording) has that behind it.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
