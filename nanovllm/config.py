@@ -214,6 +214,7 @@ class EngineArgs:
 
         platform = get_platform(self.device)
         platform.check_cache_dtype(self.kv_cache_dtype)
+        platform.check_block_size(self.block_size or platform.block_size)
         path = resolve_model_path(
             self.model,
             revision=self.revision,
@@ -248,7 +249,7 @@ class EngineArgs:
         return EngineConfig(
             model=model,
             cache=CacheConfig(
-                block_size=self.block_size or 16,
+                block_size=self.block_size or platform.block_size,
                 num_blocks=self.num_gpu_blocks_override,
                 memory_bytes=self._cache_bytes(),
                 memory_utilization=self.gpu_memory_utilization or platform.memory_utilization,

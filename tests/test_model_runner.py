@@ -232,7 +232,7 @@ def test_tables_grow_with_long_requests(executor: Any, checkpoint: tuple[Path, A
 
 
 def test_step_input_is_what_loops_over_tokens_would_make() -> None:
-    batch = InputBatch(6, BLOCK_SIZE, torch.device("cpu"))
+    batch = InputBatch(6, BLOCK_SIZE, torch.device("cpu"), 61)
     generator = random.Random(1)
     known = {row: [generator.randrange(100) for _ in range(n)] for row, n in ((4, 9), (1, 6), (3, 30))}
     blocks = {4: [17, 5, 9], 1: [3, 8], 3: [20, 1, 2, 11, 30, 6, 7, 40]}

@@ -27,11 +27,13 @@ class CpuPlatform:
         overlap: whether planning the next step while one runs pays. On a CPU both would fight for the same cores.
         memory_utilization: share of the free memory that weights and cache take by default. A CPU's memory belongs to
             other programs too, and the prefix cache fills whatever the KV cache is given.
+        block_size: tokens in a block of the KV cache, by default.
     """
 
     device = "cpu"
     overlap = False
     memory_utilization = 0.5
+    block_size = 16
 
     def __init__(self) -> None:
         # An OpenMP thread that has nothing to do spins, by default for milliseconds. That is no use between two steps,
@@ -39,6 +41,9 @@ class CpuPlatform:
         # was twice as slow. libgomp reads this when torch loads it.
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+    def load(self) -> None:
+        """Torch knows the CPU."""
 
     def resolve_dtype(self, dtype: str, checkpoint_dtype: str | None) -> str:
         """The dtype to compute in, for what the user asked and what the checkpoint holds (None: it does not say).
@@ -58,6 +63,9 @@ class CpuPlatform:
         """Raises ParameterError unless the KV cache is in the model's dtype ("auto")."""
         if name != "auto":
             raise ParameterError("on a CPU, keys and values have the model's dtype; use 'auto'", "kv_cache_dtype", name)
+
+    def check_block_size(self, block_size: int) -> None:
+        """Any will do."""
 
     def available_memory(self) -> int:
         """Bytes this process can still take: the machine's free memory, or the container's if that is less."""

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-
 from nanovllm.errors import ParameterError
+from nanovllm.platforms.accelerator import Accelerator
 from nanovllm.platforms.cuda_driver import Gpu, torch_is_built_for_cuda, visible_gpus
 
-_MARGIN = 256 * 2**20  # bytes left free: cuBLAS workspaces, kernels loaded later, the allocator's rounding
 
-
-class CudaPlatform:
+class CudaPlatform(Accelerator):
     """The first visible NVIDIA GPU.
 
     Attributes:
-        device: the device name torch and the operator table know.
-        overlap: steps run on the GPU while the host plans the next one.
-        memory_utilization: share of the GPU's whole memory that this process takes by default; what others use of it
-            is respected.
         gpu: what the driver says of it.
     """
 
     device = "cuda"
-    overlap = True
-    memory_utilization = 0.92
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -61,53 +51,6 @@ class CudaPlatform:
                 "kv_cache_dtype",
                 name,
             )
-
-    def available_memory(self) -> int:
-        """Bytes of the GPU that are free, of whatever process gave them back or never took them."""
-        import torch
-
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-    def memory_budget(self, utilization: float) -> int:
-        """Bytes this process may take beyond what it holds now.
-
-        ``utilization`` of the whole memory, less what this process holds, but never more than is free: memory that
-        other processes hold is theirs.
-        """
-        import torch
-
-        total = torch.cuda.mem_get_info()[1]
-        own = int(total * utilization) - self.memory_used_by_process()
-        return max(0, min(own, self.available_memory() - _MARGIN))
-
-    def peak_memory(self, work: Callable[[], object]) -> int | None:
-        """Bytes that ``work`` takes at most beyond what is held before; also compiles the kernels it needs."""
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        torch.cuda.empty_cache()
-        return peak
-
-    def memory_used_by_process(self) -> int:
-        """Bytes of GPU memory that tensors of this process hold."""
-        import torch
-
-        return torch.cuda.memory_allocated()
-
-    def set_threads(self) -> int:
-        """Threads for what is left to the host: tokenising has its own, tensors on the host are few. Returns 1."""
-        import torch
-
-        torch.set_num_threads(1)
-        return 1
-
-    def sampling(self, num_logits: int) -> AbstractContextManager[None]:
-        """Nothing to prepare: logits are on the GPU."""
-        return nullcontext()
 
 
 def cuda_platform() -> CudaPlatform:

@@ -42,14 +42,21 @@ class InputBatch:
     The token table lives on the device: sampling writes it and the next step reads it there, so no step waits for the
     host to learn a token. The block table lives on the host, where slots are computed from it. Both grow by doubling.
 
+    No device checks what it is told to read and write, so that it is checked here: blocks when they enter the table,
+    and that every new token has one.
+
+    Args:
+        num_blocks: of the cache, the padding block included.
+
     Attributes:
         tokens: int32 [max_rows, width] on the device; row r holds the request's known tokens, then leftovers.
         blocks: int32 [max_rows, width] on the host; block of positions [i * block_size, (i + 1) * block_size), then
             0, the padding block.
     """
 
-    def __init__(self, max_rows: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, block_size: int, device: torch.device, num_blocks: int) -> None:
         self.block_size = block_size
+        self._num_blocks = num_blocks
         self.device = device
         self.tokens = torch.zeros(max_rows, 256, dtype=torch.int32, device=device)
         self.blocks = np.zeros((max_rows, 16), np.int32)
@@ -61,9 +68,17 @@ class InputBatch:
         self.blocks[row] = 0
 
     def update_blocks(self, updates: Iterable[tuple[int, int, list[int]]]) -> None:
-        """Enter (row, first entry, block ids) into the block table."""
+        """Enter (row, first entry, block ids) into the block table.
+
+        Raises:
+            ValueError: a block that does not exist or is the padding block, or a gap before the first entry.
+        """
         for row, first, ids in updates:
             end = first + len(ids)
+            if ids and not 0 < min(ids) <= max(ids) < self._num_blocks:
+                raise ValueError(f"row {row}: blocks {ids} are not all among 1 .. {self._num_blocks - 1}")
+            if first and not (first <= self.blocks.shape[1] and self.blocks[row, first - 1]):
+                raise ValueError(f"row {row}: no block before entry {first}")
             if end > self.blocks.shape[1]:
                 more = max(end, 2 * self.blocks.shape[1]) - self.blocks.shape[1]
                 self.blocks = np.pad(self.blocks, ((0, 0), (0, more)))
@@ -78,7 +93,11 @@ class InputBatch:
             self.tokens = grown
 
     def prepare(self, plan: StepPlan) -> StepInput:
-        """The input tensors of a step; its starts and block updates have been applied."""
+        """The input tensors of a step; its starts and block updates have been applied.
+
+        Raises:
+            ValueError: a new token has no block to go to.
+        """
         rows, num_computed, num_new = (np.array(x, np.int64) for x in (plan.rows, plan.num_computed, plan.num_new))
         seq_lens = num_computed + num_new
         self._reserve_tokens(int(seq_lens.max()) + 1)  # the sampled token included
@@ -87,9 +106,12 @@ class InputBatch:
         positions = ragged_ranges(num_computed, num_new)
         row_of_token = np.repeat(rows, num_new)
         block, offset = np.divmod(positions, self.block_size)
-        # One transfer for all three, int64 [3, T].
         table_index = row_of_token * self.tokens.shape[1] + positions
         slots = self.blocks[row_of_token, block].astype(np.int64) * self.block_size + offset
+        if slots.min() < self.block_size:
+            row = int(row_of_token[np.argmin(slots)])
+            raise ValueError(f"row {row}: a new token has no block to go to")
+        # One transfer for all three, int64 [3, T].
         on_device = to_device(np.stack([positions, table_index, slots]), self.device)
 
         max_seq_len = int(seq_lens.max())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanovllm.errors import ParameterError
 from nanovllm.ops.cpu.memory import advise_huge_pages
-from nanovllm.runner.trial import try_step
+from nanovllm.runner.trial import trial_blocks, try_step
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -44,7 +44,8 @@ def activation_bytes(config: EngineConfig, model: Decoder) -> int:
 
 def step_bytes(config: EngineConfig, model: Decoder, platform: Platform) -> int:
     """What a step of the largest size holds beside weights and cache: tried where that is quick, or from shapes."""
-    caches = allocate(model, 1, config.cache.block_size, model.norm.weight.device)
+    layer = allocate(model, trial_blocks(config), config.cache.block_size, model.norm.weight.device, num_layers=1)
+    caches = layer * model.num_layers
     tried = platform.peak_memory(lambda: try_step(config, model, caches))
     return activation_bytes(config, model) if tried is None else tried
 
@@ -80,22 +81,34 @@ def count_blocks(config: EngineConfig, model: Decoder, platform: Platform) -> in
     return num_blocks
 
 
-def allocate(model: Decoder, num_blocks: int, block_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """K and V of every layer, [num_blocks, block_size, num_kv_heads, head_dim].
+def allocate(
+    model: Decoder, num_blocks: int, block_size: int, device: torch.device, num_layers: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """K and V of every layer (or of ``num_layers``), [num_blocks, block_size, num_kv_heads, head_dim] unless the device
+    lays its cache out in another way.
 
     Not initialised, so that a CPU commits memory only where something is written: attention reads no slot before it is
     written. The padding block is the exception.
     """
-    shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
+    new_cache = model.ops.new_cache or _plain_cache
     caches = []
-    for _ in range(model.num_layers):
-        k_cache, v_cache = (torch.empty(shape, dtype=model.kv_dtype, device=device) for _ in range(2))
+    for _ in range(model.num_layers if num_layers is None else num_layers):
+        k_cache, v_cache = (
+            new_cache(num_blocks, block_size, model.num_kv_heads, model.head_dim, model.kv_dtype, device)
+            for _ in range(2)
+        )
         for cache in (k_cache, v_cache):
             if device.type == "cpu":
                 advise_huge_pages(cache)
             cache[0].zero_()
         caches.append((k_cache, v_cache))
     return caches
+
+
+def _plain_cache(
+    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty((num_blocks, block_size, kv_heads, head_dim), dtype=dtype, device=device)
 
 
 def log_size(config: EngineConfig, num_blocks: int, num_bytes: int) -> None:

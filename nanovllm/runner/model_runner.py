@@ -76,6 +76,7 @@ class ModelRunner:
             ParameterError: the device does not exist, or memory does not suffice for the KV cache.
         """
         platform = self.platform = get_platform(config.device)
+        platform.load()
         platform.set_threads()
         self.device = torch.device(platform.device)
         self.ops = operator_table(platform.device, config.attention_backend, config.model.quantization)
@@ -101,10 +102,8 @@ class ModelRunner:
         self.forward = self._record(config)
         log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
 
-        self.batch = InputBatch(max_rows, block_size, self.device)
-        self.sampler = Sampler(
-            max_rows, self.model.vocab_size, model.logprobs_mode, self.ops.choose, self.ops.penalise
-        )
+        self.batch = InputBatch(max_rows, block_size, self.device, self.num_blocks)
+        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode, self.ops.choose, self.ops.penalise)
         self.guidance = Guidance(model)
         self.pooler = Pooler()
         # row -> (number of likeliest, ids asked for by name, prompt length)

@@ -35,21 +35,40 @@ def tune_attention(config: EngineConfig, model: Decoder, ops: Operators) -> None
     ops.tune(shape, model.norm.weight.device)
 
 
+def _trial_lengths(config: EngineConfig) -> list[int]:
+    """Tokens of the rows of a step of the largest size."""
+    total, longest = config.scheduler.max_num_batched_tokens, config.model.max_model_len
+    return [min(longest, total - start) for start in range(0, total, longest)]
+
+
+def trial_blocks(config: EngineConfig) -> int:
+    """Blocks of the cache that ``try_step`` writes to, the padding block included."""
+    return 1 + sum(-(-length // config.cache.block_size) for length in _trial_lengths(config))
+
+
 @torch.inference_mode()
 def try_step(config: EngineConfig, model: Decoder, kv_caches: KVCaches) -> None:
-    """Run a step of the largest size on caches of one block, which all its tokens share: its result means nothing."""
+    """Run a step of the largest size on caches of ``trial_blocks``, which all layers may share: its result means
+    nothing."""
     block_size, device = config.cache.block_size, model.norm.weight.device
-    total, longest = config.scheduler.max_num_batched_tokens, config.model.max_model_len
-    lengths = [min(longest, total - start) for start in range(0, total, longest)]
+    lengths, longest = _trial_lengths(config), config.model.max_model_len
+    total, width = sum(lengths), -(-max(lengths) // block_size)
     starts = [0, *np.cumsum(lengths).tolist()]
+    table = torch.zeros(len(lengths), width, dtype=torch.int32)
+    slots, first = [], 1
+    for row, length in enumerate(lengths):
+        count = -(-length // block_size)
+        table[row, :count] = torch.arange(first, first + count)
+        slots.append(first * block_size + torch.arange(length))
+        first += count
     meta = AttentionMetadata(
         query_start_loc=starts,
         seq_lens=lengths,
         num_decodes=0,
         max_query_len=max(lengths),
         max_seq_len=max(lengths),
-        block_table=torch.zeros(len(lengths), -(-max(lengths) // block_size), dtype=torch.int32, device=device),
-        slot_mapping=torch.zeros(total, dtype=torch.int64, device=device),
+        block_table=table.to(device),
+        slot_mapping=torch.cat(slots).to(device),
         block_size=block_size,
     )
     token_ids = torch.zeros(total, dtype=torch.int64, device=device)

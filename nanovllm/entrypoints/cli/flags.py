@@ -21,7 +21,7 @@ ENGINE_HELP: dict[str, dict[str, str]] = {
     "model": {
         "model": "a folder, a hub id such as Qwen/Qwen3-0.6B, or 'demo', the model in the box",
         "dtype": "auto is the checkpoint's, where the device is fast at it",
-        "device": "auto takes the best there is",
+        "device": "auto takes the best there is: a GPU, an Ascend NPU, the CPU",
         "max_model_len": "context in tokens, or auto: the model's, shortened to what the KV cache holds",
         "revision": "branch, tag or commit on the hub",
         "hf_token": "token for the hub; without a value the one the hub's own login saved",
@@ -101,7 +101,7 @@ SAMPLING_HELP: dict[str, str] = {
 METAVARS: dict[str, str] = {
     "model": "MODEL",
     "dtype": "{auto,bfloat16,float16,float32}",
-    "device": "{auto,cpu,cuda}",
+    "device": "{auto,cpu,cuda,npu}",
     "download_dir": "FOLDER",
     "load_format": "{auto,safetensors,dummy}",
     "runner": "{auto,generate,pooling}",

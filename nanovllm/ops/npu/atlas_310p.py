@@ -1,0 +1,155 @@
+"""Everything on an Atlas 310P (300I Duo, 300I Pro, 300V): float16, a cache in tiles of 16 numbers, launch by launch.
+
+The cache is [num_blocks, Hk * D / 16, block_size, 16], so that blocks are still the first dimension. Decodes and longer
+rows have an operator each; what is fresh, a chunk or a mixture goes through the second. Neither knows a sliding window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.errors import ParameterError
+from nanovllm.ops import reference
+from nanovllm.ops.metadata import AttentionMetadata
+from nanovllm.ops.npu.elementwise import UnsignedSin
+from nanovllm.ops.operators import AttentionShape, Operators
+from nanovllm.ops.transfer import to_device
+
+_TILE = 16
+_MASK = 2048
+_HIDDEN = -10000.0  # added to scores that nobody shall see; the largest that float16 sums bear
+_BLOCK = 128 * 128  # most numbers of one head in a block
+_ROTATED = (64, 128)  # head sizes the rotary operator takes
+
+
+@dataclass(slots=True)
+class TilesPlan:
+    """What the layers of a step share: ``AttentionMetadata.backend``.
+
+    Attributes:
+        lengths: keys of each row, int32 [B] on the device.
+        query_lengths: int32 [B] on the host; None if every row has one query.
+    """
+
+    lengths: Tensor
+    query_lengths: Tensor | None
+
+
+class Atlas310P:
+    """The operators of a 310P.
+
+    Args:
+        library: ``npu_ops``, or what stands for it where there is no NPU.
+    """
+
+    def __init__(self, base: Operators, library: Any) -> None:
+        self._base, self._library = base, library
+        self._unsigned = UnsignedSin()
+        self._mask: Tensor | None = None
+        self._slots: tuple[Tensor, Tensor] | None = None
+
+    def operators(self) -> Operators:
+        """The operator table; nothing is recorded."""
+        return replace(
+            self._base,
+            rms_norm=self._library.rms_norm,
+            add_rms_norm=self._library.add_rms_norm,
+            silu_and_mul=self.silu_and_mul,
+            norm_rotate_write=self.norm_rotate_write,
+            prepare_attention=self.prepare_attention,
+            paged_attention=self.paged_attention,
+            new_cache=self.new_cache,
+            tune=self.tune,
+        )
+
+    def tune(self, shape: AttentionShape, device: torch.device) -> None:
+        """Look at the model.
+
+        Raises:
+            ParameterError: its heads, its window or its blocks are none for this chip.
+        """
+        if shape.head_dim % _TILE or shape.head_dim > 256:
+            raise ParameterError(
+                f"a 310P has attention for heads of 16, 32 ... 256, not of {shape.head_dim}", "device", "npu"
+            )
+        if shape.block_size * shape.head_dim > _BLOCK:
+            raise ParameterError(f"heads of {shape.head_dim} need blocks of 64", "block_size", shape.block_size)
+        if shape.window is not None and shape.window < shape.longest:
+            raise ParameterError(
+                f"a 310P has no sliding window; with max_model_len={shape.window} the model needs none",
+                "max_model_len",
+                shape.longest,
+            )
+
+    def new_cache(
+        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Keys or values of a layer, in tiles."""
+        shape = (num_blocks, kv_heads * head_dim // _TILE, block_size, _TILE)
+        return self._library.to_tiles(torch.empty(shape, dtype=dtype, device=device))
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """See ``reference.silu_and_mul``."""
+        return self._library.silu_and_mul(x) if x.shape[1] % 32 == 0 else self._base.silu_and_mul(x)
+
+    def norm_rotate_write(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """See ``reference.norm_rotate_write``."""
+        library, kv_heads = self._library, k_cache.shape[1] * _TILE // qkv.shape[2]
+        q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+        q = q if q_weight is None else library.rms_norm(q.contiguous(), q_weight, eps)
+        k = k if k_weight is None else library.rms_norm(k.contiguous(), k_weight, eps)
+        if qkv.shape[2] in _ROTATED:
+            q, k = library.rotate_both(q.contiguous(), k.contiguous(), cos, self._unsigned(sin))
+        else:
+            q, k = reference.rotary(q, k, cos, sin)
+        library.write_kv_tiles(k.contiguous(), v.contiguous(), k_cache, v_cache, self._narrow(slot_mapping))
+        return q
+
+    def _narrow(self, slots: Tensor) -> Tensor:
+        """The slots of a step in int32, for all layers. Every step has a tensor of its own: nothing is recorded
+        here."""
+        if self._slots is None or self._slots[0] is not slots:
+            self._slots = slots, slots.to(torch.int32)
+        return self._slots[1]
+
+    def prepare_attention(self, meta: AttentionMetadata, windows: Sequence[int | None], dtype: torch.dtype) -> None:
+        """See ``reference.prepare_attention``."""
+        lengths = to_device(np.array(meta.seq_lens, np.int32), meta.block_table.device)
+        queries = None if meta.max_query_len == 1 else torch.from_numpy(np.diff(meta.query_start_loc).astype(np.int32))
+        meta.backend = TilesPlan(lengths, queries)
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None
+    ) -> Tensor:
+        """See ``reference.paged_attention``; a window must be no shorter than any row."""
+        plan: TilesPlan = meta.backend
+        if window is not None and window < meta.max_seq_len:
+            raise ParameterError("a 310P has no sliding window", "max_model_len", meta.max_seq_len)
+        kv_heads = k_cache.shape[1] * _TILE // q.shape[2]
+        q, caches = q.contiguous(), (k_cache, v_cache, meta.block_table, plan.lengths)
+        if plan.query_lengths is None:
+            return self._library.decode_attention(q, *caches, kv_heads, scale)
+        return self._library.chunk_attention(q, *caches, plan.query_lengths, self._causal_mask(q), kv_heads, scale)
+
+    def _causal_mask(self, q: Tensor) -> Tensor:
+        """What is added to scores: one for all layers and steps."""
+        if self._mask is None or self._mask.device != q.device:
+            self._mask = torch.full((_MASK, _MASK), _HIDDEN, dtype=q.dtype, device=q.device).triu_(1)
+        return self._mask
