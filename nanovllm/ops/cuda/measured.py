@@ -27,6 +27,7 @@ from nanovllm.ops.operators import AttentionShape
 logger = logging.getLogger("nanovllm")
 
 _ROWS, _CONTEXT, _PROMPTS = 64, 1024, 4  # decodes, tokens of each row, rows that are prompts
+_TABLE_WIDTH = 1024  # blocks of a row that recorded decodes have room for: some cut rows by what they could hold
 _GAIN = 0.97  # another has to be so much faster than Triton's
 _DIFFERENCE = 0.03  # from Triton's result, of numbers about 1: more than rounding to bfloat16 explains
 
@@ -97,7 +98,8 @@ class MeasuredAttention(TritonAttention):
         caches = [torch.randn(cache_shape, dtype=shape.dtype, device=device).to(shape.kv_dtype) for _ in range(2)]
         new = length if prompts else 1
         q = torch.randn(count * new, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
-        table = torch.arange(1, count * width + 1, dtype=torch.int32, device=device).view(count, width)
+        table = torch.zeros(count, width if prompts else max(width, _TABLE_WIDTH), dtype=torch.int32, device=device)
+        table[:, :width] = torch.arange(1, count * width + 1, device=device).view(count, width)
         starts = [row * new for row in range(count + 1)]
         decodes = count if new == 1 else 0
         slots = torch.zeros(count * new, dtype=torch.int64, device=device)  # nothing is written
