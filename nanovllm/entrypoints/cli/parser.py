@@ -49,7 +49,8 @@ class CommandParser(argparse.ArgumentParser):
             if first.startswith("-"):
                 hint = suggestion(first.split("=")[0], self._option_string_actions)
                 self.error(f"there is no option {first}{hint}")
-            self.error(f"{first!r} is one argument too many; quote an argument that contains spaces")
+            hint = ", give a model as --model" if "--model" in self._option_string_actions else ""
+            self.error(f"{first!r} is one argument too many; quote an argument that contains spaces{hint}")
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
