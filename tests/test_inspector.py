@@ -23,7 +23,7 @@ from serving import served
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.engine.core import EngineCore
-from nanovllm.engine.inspection import LOST, MOST_UNREAD, Viewers, _head
+from nanovllm.engine.inspection import LOST, MOST_UNREAD, Viewers
 from nanovllm.engine.invariants import InvariantChecker
 from nanovllm.engine.messages import Inspect, View
 from nanovllm.engine.plan import StepPlan
@@ -183,9 +183,9 @@ def test_the_head_of_the_queue_is_in_order_and_without_what_has_ended():
         core.add(make_request(str(number), [3], 2), priority=draw.randint(0, 5))
     core.finish([str(number) for number in range(0, 100, 3)], "abort")
     waiting = core.scheduler.waiting
-    expected = sorted((entry for entry in waiting if not entry[1].finished), key=lambda entry: entry[0])
-    assert _head(waiting, 16) == [request for _, request in expected[:16]]
-    assert _head([], 16) == []
+    assert waiting.first(16) == sorted(waiting, key=lambda request: request.key)[:16]
+    core.finish([str(number) for number in range(100)], "abort")
+    assert waiting.first(16) == []
 
 
 # -- viewers -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ watches. There is no text, no token and no request's id in it: requests go by th
 from __future__ import annotations
 
 import asyncio
-import heapq
 import json
 import time
 from collections import deque
@@ -123,7 +122,7 @@ class Watch:
         record: Json = {"time": round(time.monotonic(), 5), "running": len(scheduler.running)}
         if scheduler.num_waiting:
             record["waiting"] = scheduler.num_waiting
-            record["queue"] = [(_name(each), each.num_tokens) for each in _head(scheduler.waiting, QUEUE_SHOWN)]
+            record["queue"] = [(_name(each), each.num_tokens) for each in scheduler.waiting.first(QUEUE_SHOWN)]
         return record
 
     def _changes(self, record: Json) -> None:
@@ -244,17 +243,3 @@ def _facts(request: Request) -> Json:
         "priority": request.key[0],
         "preemptions": request.num_preemptions,
     }
-
-
-def _head(heap: list[tuple[tuple[int, int, int], Request]], count: int) -> list[Request]:
-    """The smallest entries that have not finished, in order. O(count log count), however long the heap is."""
-    found: list[Request] = []
-    frontier = [(heap[0][0], 0)] if heap else []
-    while frontier and len(found) < count:
-        _, index = heapq.heappop(frontier)
-        if not heap[index][1].finished:
-            found.append(heap[index][1])
-        for child in (2 * index + 1, 2 * index + 2):
-            if child < len(heap):
-                heapq.heappush(frontier, (heap[child][0], child))
-    return found

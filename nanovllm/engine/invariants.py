@@ -99,11 +99,12 @@ class InvariantChecker:
             self._check_request(request)
         running = scheduler.running
         _expect(all(r.status == RequestStatus.RUNNING for r in running), "a request in running is not")
-        _expect([r.key for r in running] == sorted(r.key for r in running), "running is not sorted")
+        _expect([r.place for r in running] == sorted(r.place or () for r in running), "running is not sorted")
         suspects = list(scheduler.suspects)
         _expect(all(r.num_faults and not r.finished for r in suspects), "a suspect is none", suspects)
         _expect(len(suspects) == sum(r.num_faults > 0 for r in scheduler.requests.values()), "a suspect is in no group")
-        waiting = [r for _, r in scheduler.waiting if not r.finished]
+        self._check_queue()
+        waiting = list(scheduler.waiting)
         waiting += [r for r in suspects if r.status == RequestStatus.WAITING]
         _expect(len(waiting) == scheduler.num_waiting, "num_waiting is wrong", len(waiting), scheduler.num_waiting)
         _expect(all(not r.blocks and r.row == -1 for r in waiting), "a waiting request holds something")
@@ -119,7 +120,22 @@ class InvariantChecker:
         self.check()
         _expect(not scheduler.has_work and not scheduler.running and scheduler.num_waiting == 0, "work is left")
         _expect(not scheduler.held, "blocks are held for nobody", scheduler.held)
+        _expect(not list(scheduler.waiting.flows()), "the queue remembers tenants although nobody is there")
         _expect(scheduler.kv.pool.num_free == scheduler.kv.pool.num_usable, "blocks leaked")
+
+    def _check_queue(self) -> None:
+        """Counts of the queue are true, and no tenant that waits is behind the virtual time of its level."""
+        queue, running = self.scheduler.waiting, Counter((r.key[0], r.tenant) for r in self.scheduler.running)
+        for flow in queue.flows():
+            level = flow.level
+            waiting = [r for _, r in flow.heap if not r.finished]
+            _expect(len(waiting) == flow.num_waiting, "num_waiting of a tenant is wrong", flow.tenant)
+            _expect(
+                flow.num_running == running.pop((level.priority, flow.tenant), 0), "num_running of a tenant is wrong"
+            )
+            _expect(not waiting or flow.virtual >= level.virtual, "a tenant is behind its level", flow.tenant)
+            _expect(flow in level.flows.values(), "a tenant is in no level", flow.tenant)
+        _expect(not running, "running requests of tenants that the queue does not know", running)
 
     def _check_request(self, request: Request) -> None:
         kv = self.scheduler.kv

@@ -3,15 +3,14 @@
     schedule:  waiting --admit--> running --> StepPlan          (may run ahead of results)
     update:    StepResult --> tokens, stop rules, block hashes, frees --> EngineOutputs
 
-``running`` is sorted by key (priority, arrival), so every rank sees the same batch and the victim of a preemption is
-always the last. A step serves decodes first, so no prompt, however long, makes a running request wait; then chunks of
-prompts under way; then new prompts. Plans may be made before earlier ones have reported: a request counts its pending
-tokens, and gives back its blocks only when no plan under way names it.
+``running`` is sorted by place (`FairQueue`; with one tenant by priority and arrival), so every rank sees the same batch
+and the victim of a preemption is always the last. A step serves decodes first, so no prompt, however long, makes a
+running request wait; then chunks of prompts under way; then new prompts. Plans may be made before earlier ones have
+reported: a request counts its pending tokens, and gives back its blocks only when no plan under way names it.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -21,6 +20,7 @@ import numpy as np
 
 from nanovllm.config import SchedulerConfig
 from nanovllm.engine.block_pool import BlockPool
+from nanovllm.engine.fair_queue import FairQueue
 from nanovllm.engine.kv_cache import KVCacheManager
 from nanovllm.engine.plan import EngineOutput, RowStart, StepPlan, StepResult
 from nanovllm.engine.repetition import ends_in_repetition
@@ -30,7 +30,7 @@ from nanovllm.errors import ParameterError
 
 Array = np.ndarray[Any, Any]
 
-_key = attrgetter("key")
+_place = attrgetter("place")
 
 
 class Scheduler:
@@ -47,8 +47,8 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.kv = KVCacheManager(BlockPool(num_blocks), block_size, enable_prefix_caching)
-        self.running: list[Request] = []  # sorted by key
-        self.waiting: list[tuple[tuple[int, int, int], Request]] = []  # heap; finished entries are skipped when met
+        self.running: list[Request] = []  # sorted by place
+        self.waiting = FairQueue()
         self.requests: dict[str, Request] = {}  # not finished
         self.leaving: dict[str, Request] = {}  # finished, but a plan under way still names them
         self.held: dict[str, Request] = {}  # finished, blocks kept for forks, oldest first
@@ -207,13 +207,12 @@ class Scheduler:
     def _plan_waiting(self, plan: StepPlan, budget: int) -> None:
         """Pass 3: admit waiting requests in order, while budget, rows and blocks last."""
         while budget > 0 and self._free_rows:
-            request = self._peek_waiting()
+            request = self.waiting.peek()
             if request is None or request.num_in_flight:
                 return
             count = self._admit(request, plan, budget)
             if count == 0:
                 return
-            heapq.heappop(self.waiting)
             budget -= count
 
     def _admit(self, request: Request, plan: StepPlan, budget: int) -> int:
@@ -229,9 +228,12 @@ class Scheduler:
                 return 0
         self._free_rows.pop()
         self.num_waiting -= 1
+        if not request.num_faults:
+            self.waiting.take(request)
+        self.waiting.started(request)
         self._leave_parent(request)
         request.status = RequestStatus.RUNNING
-        insort(self.running, request, key=_key)
+        insort(self.running, request, key=_place)
         plan.requests.append(request)
         plan.num_new.append(count)
         plan.starts.append(RowStart.of(request))
@@ -259,6 +261,8 @@ class Scheduler:
                 sampled.append(index)
                 if request.forks:  # the next plan runs after this one, when the prompt is in the cache
                     self._enqueue_forks(request)
+        if self.waiting.contended:
+            self.waiting.charge(requests[index] for index in sampled)
         return plan
 
     def _chunk_limit(self, budget: int) -> int:
@@ -293,6 +297,7 @@ class Scheduler:
 
     def _put_back(self, request: Request) -> None:
         """A request that ran is to wait again, without blocks; its caller takes it off ``running``."""
+        self.waiting.stopped(request)
         self.kv.free(request)
         self._free_rows.append(request.row)
         request.row = -1
@@ -387,7 +392,7 @@ class Scheduler:
             for index in plan.sampled:
                 plan.requests[index].num_pending -= 1
         can_shrink = out_of_memory and self.config.enable_chunked_prefill and plans[0].num_tokens > 1
-        guilty = self.suspects.accuse(sorted(accused, key=_key)) and not can_shrink
+        guilty = self.suspects.accuse(sorted(accused, key=_place)) and not can_shrink
         for request in {request.request_id: request for plan in plans for request in plan.requests}.values():
             request.num_stale = 0
             if request.status == RequestStatus.RUNNING:
@@ -432,20 +437,12 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self.num_waiting += 1
         if not request.num_faults:  # else its group knows it
-            heapq.heappush(self.waiting, (request.key, request))
+            self.waiting.push(request)
 
     def _enqueue_forks(self, parent: Request) -> None:
         for fork in parent.forks.values():
             self._enqueue(fork)
         parent.forks.clear()
-
-    def _peek_waiting(self) -> Request | None:
-        while self.waiting:
-            request = self.waiting[0][1]
-            if not request.finished:
-                return request
-            heapq.heappop(self.waiting)
-        return None
 
     def _leave_parent(self, request: Request) -> None:
         """The request has its own blocks, or will never want any: it no longer needs the parent's."""
@@ -459,14 +456,15 @@ class Scheduler:
         self._enqueue_forks(request)  # they compute the prompt themselves
         parent = request.fork_of
         dormant = parent is not None and parent.forks.pop(request.request_id, None) is not None
-        if request.status == RequestStatus.WAITING and not dormant:
+        was, request.status = request.status, RequestStatus.FINISHED
+        if was == RequestStatus.RUNNING:
+            self.waiting.stopped(request)
+        elif not dormant:
             self.num_waiting -= 1
-            if len(self.waiting) > 2 * self.num_waiting + 64:  # mostly aborted requests
-                self.waiting = [entry for entry in self.waiting if not entry[1].finished and entry[1] is not request]
-                heapq.heapify(self.waiting)
+            if not request.num_faults:
+                self.waiting.drop(request)
         if request.num_faults:
             self.suspects.clear(request)
-        request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]
         self._leave_parent(request)
