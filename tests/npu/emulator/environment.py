@@ -68,9 +68,6 @@ def variables(**settings: object) -> dict[str, str]:
         # Operators run in the thread that calls them. With torch_npu's queue thread, Python kernels would wait for the
         # interpreter lock of a thread that waits for the queue.
         TASK_QUEUE_ENABLE="0",
-        TORCH_DEVICE_BACKEND_AUTOLOAD="1",
-        # An operator torch_npu lacks must fail instead of running on the CPU.
-        TORCH_NPU_DISABLED_WARNING="1",
         NANOVLLM_NPU_EMULATED="1",
     )
     environment.pop("ASCEND_RT_VISIBLE_DEVICES", None)

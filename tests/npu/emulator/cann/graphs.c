@@ -89,9 +89,10 @@ aclError group_replace(Stream *stream, Task *task) {
     Group *group = stream->update;
     if (stream->update_index >= group->count)
         return fail(ACL_ERROR_RT_PARAM_INVALID, "task update: more tasks than the group's %d", group->count);
-    Task *target = group->tasks[stream->update_index++];
+    Task *target = group->tasks[stream->update_index];
     if (strcmp(target->work.name, task->work.name))
         return fail(ACL_ERROR_RT_PARAM_INVALID, "task update: %s in place of %s", task->work.name, target->work.name);
+    stream->update_index++;
     task->kind = UPDATE;
     task->target = target;
     stream_append(stream, task, NULL);

@@ -90,6 +90,14 @@ API int emulated_execute(void *workspace, uint64_t size, Executor *executor, acl
     return submit_work(stream, (Work){emulated_operator_names[name], run_closure, release_closure, executor});
 }
 
+/* An executor that was only asked for its workspace. */
+API aclError aclDestroyAclOpExecutor(Executor *executor) {
+    pthread_mutex_lock(&state_lock);
+    release_closure(executor);
+    pthread_mutex_unlock(&state_lock);
+    return ACL_SUCCESS;
+}
+
 /* For operators that come from Python (the atb library): same way, without an aclnn name. */
 API int emulated_submit(aclrtStream stream, const char *name, int64_t closure) {
     Executor *executor = emulated_new_executor(-1, closure);

@@ -12,10 +12,12 @@ from . import (  # noqa: F401  (importing registers)
     indexing,
     kv_cache,
     matmul,
+    mixture,
     normalization,
     random,
     reductions,
     rotary,
+    sampling,
 )
 from .registry import install
 

@@ -1,0 +1,111 @@
+"""Mixtures of experts: choosing, sorting by expert, grouped products, and putting back in order."""
+
+from __future__ import annotations
+
+import torch
+
+from .decode import Ints, Tensor, Tensors, float32  # noqa: F401
+from .registry import IS_310P, SOC, operator, require
+
+
+def _check_gating(x: Tensor, finished: Tensor | None, k: int, y: Tensor, experts: Tensor, rows: Tensor) -> None:
+    require(0 < k <= min(x.shape[-1], 1024), f"k must be in 1..{min(x.shape[-1], 1024)}, not {k}")
+    require(finished is None, "finished rows are not emulated")
+
+
+@operator("MoeGatingTopKSoftmax", check=_check_gating)
+def gating_top_k_softmax(x: Tensor, finished: Tensor | None, k: int, y: Tensor, experts: Tensor, rows: Tensor) -> None:
+    weights, chosen = x.float().softmax(-1).topk(k, -1)
+    tokens = chosen.shape[0]
+    y.copy_(weights), experts.copy_(chosen)
+    rows.copy_(torch.arange(tokens * k, device="cpu").view(k, tokens).T)
+
+
+def _check_init_routing(
+    x: Tensor, experts: Tensor, scale: Tensor | None, offset: Tensor | None, active: int, capacity: int, count: int,
+    drop_pad: int, tokens_type: int, tokens_flag: bool, quant: int, expert_range: Ints, row_type: int,
+    x_out: Tensor, rows: Tensor, tokens: Tensor, scale_out: Tensor,
+) -> None:  # fmt: skip
+    require(scale is None and offset is None and quant == -1, "quantisation is not emulated")
+    require(not (IS_310P and x.dtype == torch.bfloat16), f"{SOC} has no bfloat16")
+    require(experts.dtype == torch.int32, f"expert_idx must be int32, not {experts.dtype}")
+    require(experts.dim() == 2 and experts.shape[0] == x.shape[0], f"expert_idx {tuple(experts.shape)}")
+    require(active in (-1, 0) or active >= experts.numel(), f"active_num {active} below {experts.numel()}: not emulated")
+    require(drop_pad == 0, "drop_pad_mode must be 0")
+    require(tokens_flag, "expert_tokens_num_flag must be true")
+    require(list(expert_range) == [0, count], f"active_expert_range {expert_range}: a part of the experts is not emulated")
+    if not IS_310P:
+        require(tokens_type == 1, f"expert_tokens_num_type {tokens_type} is not emulated (1: count)")
+
+
+@operator("MoeInitRoutingV3", check=_check_init_routing)
+def init_routing(
+    x: Tensor, experts: Tensor, scale: Tensor | None, offset: Tensor | None, active: int, capacity: int, count: int,
+    drop_pad: int, tokens_type: int, tokens_flag: bool, quant: int, expert_range: Ints, row_type: int,
+    x_out: Tensor, rows: Tensor, tokens: Tensor, scale_out: Tensor,
+) -> None:  # fmt: skip
+    flat = experts.reshape(-1).long()
+    require(bool(((flat >= 0) & (flat < count)).all()), f"an expert outside 0..{count - 1}")
+    order = flat.sort(stable=True).indices
+    x_out.copy_(x[order // experts.shape[1]])
+    counts = torch.bincount(flat, minlength=count)
+    tokens.copy_(counts.cumsum(0) if IS_310P else counts)  # the 310P gives running sums, whatever was asked for
+    if row_type == 1:
+        rows.copy_(order)
+    else:
+        rows.copy_(order.argsort())
+
+
+def _check_grouped(
+    x: Tensors, weight: Tensors, bias: Tensors | None, scale: Tensors | None, offset: Tensors | None,
+    antiquant_scale: Tensors | None, antiquant_offset: Tensors | None, token_scale: Tensors | None,
+    groups: Tensor | None, activation_input: Tensors | None, activation_scale: Tensors | None,
+    activation_offset: Tensors | None, split_item: int, group_type: int, list_type: int, activation: int,
+    tuning: Ints | None, out: Tensors, feature: Tensors | None, dynamic: Tensors | None,
+) -> None:  # fmt: skip
+    optional = [scale, offset, antiquant_scale, antiquant_offset, token_scale, activation_input, activation_scale]
+    optional += [activation_offset, feature, dynamic]
+    require(not any(optional), "quantisation and activations are not emulated")
+    require(activation == 0, f"act_type {activation} is not emulated")
+    require(len(x) == len(weight) == len(out) == 1 and split_item in (2, 3), "one x, one weight, split_item 2 or 3")
+    require(group_type == 0, f"group_type {group_type} is not emulated")
+    require(groups is not None and groups.dtype == torch.int64, "group_list must be an int64 tensor")
+    require(weight[0].dim() == 3 and weight[0].shape[1] == x[0].shape[1], f"weight {tuple(weight[0].shape)} is not [E, K, N]")
+    require(groups.numel() == weight[0].shape[0], f"{groups.numel()} groups, {weight[0].shape[0]} experts")
+    require(x[0].dtype == weight[0].dtype, f"x {x[0].dtype}, weight {weight[0].dtype}")
+    require(weight[0].shape[1] < 65536, "the inner dimension must stay below 65536")
+    require(not (IS_310P and x[0].dtype != torch.float16), f"{SOC}: float16 only")
+    require(list_type in (0, 1), f"group_list_type {list_type}")
+
+
+@operator("GroupedMatmulV5", check=_check_grouped)
+def grouped_matmul(
+    x: Tensors, weight: Tensors, bias: Tensors | None, scale: Tensors | None, offset: Tensors | None,
+    antiquant_scale: Tensors | None, antiquant_offset: Tensors | None, token_scale: Tensors | None,
+    groups: Tensor | None, activation_input: Tensors | None, activation_scale: Tensors | None,
+    activation_offset: Tensors | None, split_item: int, group_type: int, list_type: int, activation: int,
+    tuning: Ints | None, out: Tensors, feature: Tensors | None, dynamic: Tensors | None,
+) -> None:  # fmt: skip
+    ends = groups.cumsum(0).tolist() if list_type == 1 else groups.tolist()
+    require(ends == sorted(ends), f"group_list_type 0 wants running sums, not {ends}")
+    require(ends[-1] <= x[0].shape[0], f"group_list asks for {ends[-1]} rows of {x[0].shape[0]}")
+    begin = 0
+    for expert, end in enumerate(ends):
+        product = x[0][begin:end].float() @ weight[0][expert].float()
+        if bias:
+            product = product + bias[0][expert].float()
+        out[0][begin:end] = product.to(out[0].dtype)
+        begin = end
+
+
+@operator("MoeTokenUnpermute")
+def token_unpermute(
+    tokens: Tensor, indices: Tensor, probabilities: Tensor | None, padded: bool, shape: Ints | None, out: Tensor
+) -> None:
+    require(not padded, "padded_mode must be false")
+    where = indices.long()
+    require(bool(((where >= 0) & (where < tokens.shape[0])).all()), "sorted_indices out of range")
+    found = tokens.float()[where].view(out.shape[0], -1, tokens.shape[1])
+    if probabilities is not None:
+        found = found * probabilities.float()[..., None]
+    out.copy_(found.sum(1))
