@@ -15,6 +15,9 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.entrypoints.serve.admission import Admission
+from nanovllm.entrypoints.serve.admission_metrics import AdmissionMetrics
+from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.metrics import Histogram, add_metrics, one_two_five
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -63,7 +66,8 @@ class Samples:
 
 def metrics_after(llm: AsyncLLM, coroutine: Any) -> Samples:
     app = FastAPI()
-    add_metrics(app, llm, "tiny")
+    observer = add_metrics(app, llm, "tiny")
+    observer.registry.register(AdmissionMetrics(Admission(llm, ServeArgs()), llm, "tiny"))
 
     async def main() -> Samples:
         await coroutine
@@ -175,7 +179,7 @@ def test_the_document_lists_what_there_is(llm: AsyncLLM):
     offered = {
         (f"{family.name}_total" if family.type == "counter" else family.name, family.type)
         for family in families.values()
-        if family.name.startswith(("vllm:", "http_"))
+        if family.name.startswith(("vllm:", "nanovllm:", "http_"))
     }
     assert offered == set(rows) and len(rows) == len(offered)
     assert "process_cpu_seconds" in families and "python_info" in families

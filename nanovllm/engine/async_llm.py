@@ -206,7 +206,7 @@ class AsyncLLM(EngineFace):
             prepared = await asyncio.to_thread(prepare)
             self._check_alive()
             if caller.deadline is not None and time.monotonic() >= caller.deadline:
-                raise _time_is_up()
+                raise self._time_is_up()
             caller.begins(len(prepared.prompt_token_ids))
             begun = True
             params = params or prepared.params
@@ -322,13 +322,17 @@ class AsyncLLM(EngineFace):
             waiting = None if self._ready or deadline is None else deadline - time.monotonic()
             await (self.ready() if waiting is None else asyncio.wait_for(self.ready(), waiting))
         except asyncio.TimeoutError:
-            raise _time_is_up() from None
+            raise self._time_is_up() from None
+
+    def _time_is_up(self) -> RequestTimeoutError:
+        self.stats.num_timeouts += 1
+        return RequestTimeoutError("the request did not end in the time it had; it was aborted")
 
     def _expire(self, request_id: str, output_ids: list[str]) -> None:
         """A deadline has passed. The core lets go of the request at once, however slowly its outputs are read."""
         if self.output.is_running(request_id):
             self._core.send(Finish(output_ids, "abort"))
-            self._streams[request_id].close(_time_is_up())
+            self._streams[request_id].close(self._time_is_up())
 
     def _listen(self) -> None:
         """Have the core's messages delivered to the running loop."""
@@ -435,10 +439,6 @@ class AsyncLLM(EngineFace):
         self._log_timer = None
         if self._log is not None and self._log.report():
             self._log_later()
-
-
-def _time_is_up() -> RequestTimeoutError:
-    return RequestTimeoutError("the request did not end in the time it had; it was aborted")
 
 
 def _raise_if_failed(output: RequestOutput) -> None:

@@ -211,6 +211,15 @@ class FairQueue:
             if flow is not None and flow.level.contended:
                 flow.virtual += GENERATED / flow.weight
 
+    def tenants(self) -> dict[str, tuple[int, int]]:
+        """Of tenants that have a name: how many requests run, and how many wait."""
+        found: dict[str, tuple[int, int]] = {}
+        for flow in self.flows():
+            if flow.tenant:
+                running, waiting = found.get(flow.tenant, (0, 0))
+                found[flow.tenant] = (running + flow.num_running, waiting + flow.num_waiting)
+        return found
+
     # -- bookkeeping ---------------------------------------------------------------------------------------------
 
     def _flow(self, request: Request) -> Flow:

@@ -52,6 +52,7 @@ class StepStats:
         num_retries: requests computed again because their step raised.
         faults: names of the faults that were met, in order.
         admissions: requests that were admitted.
+        tenants: of tenants that have a name and requests: how many are in the batch, and how many in the queue.
     """
 
     timestamp: float = 0.0
@@ -67,6 +68,7 @@ class StepStats:
     num_retries: int = 0
     faults: list[str] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
+    tenants: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class StepMeter:
@@ -103,6 +105,7 @@ class StepMeter:
         stats.timestamp = time.monotonic()
         stats.num_running, stats.num_waiting = len(scheduler.running), scheduler.num_waiting
         stats.kv_cache_usage = 1.0 - pool.num_free / pool.num_usable
+        stats.tenants = scheduler.waiting.tenants()
         stats.num_preemptions = scheduler.num_preemptions - self._num_preemptions
         stats.num_retries = scheduler.num_retries - self._num_retries
         self._num_preemptions, self._num_retries = scheduler.num_preemptions, scheduler.num_retries
@@ -171,6 +174,8 @@ class EngineStats:
         self.prefix_cache_hits = 0
         self.num_preemptions = 0
         self.num_retries = 0
+        self.num_timeouts = 0  # requests that had not ended by their deadline
+        self.tenants: dict[str, tuple[int, int]] = {}
         self.faults = Counter(dict.fromkeys(FAULTS, 0))
         self._last_fault_ts: float | None = None
         self._last_step_ts = time.monotonic()
@@ -204,6 +209,7 @@ class EngineStats:
         """Take what a step gave."""
         self.num_running, self.num_waiting = stats.num_running, stats.num_waiting
         self.kv_cache_usage = stats.kv_cache_usage
+        self.tenants = stats.tenants
         self.steps += stats.num_steps
         self.prompt_tokens += stats.prompt_tokens
         self.prefix_cache_queries += stats.prefix_cache_queries

@@ -21,6 +21,7 @@ from nanovllm.entrypoints.serve import (
     system,
     tokens,
 )
+from nanovllm.entrypoints.serve.admission_metrics import AdmissionMetrics
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import add_handlers
@@ -69,7 +70,8 @@ def build_app(engine: AsyncLLM, args: ServeArgs, tracer: Tracer | None = None) -
     if not args.disable_inspector:
         app.include_router(inspector.router)
     app.add_middleware(Admit, admission=context.admission)
-    add_metrics(app, engine, context.model_names[0])
+    observer = add_metrics(app, engine, context.model_names[0])
+    observer.registry.register(AdmissionMetrics(context.admission, engine, context.model_names[0]))
     add_handlers(app)
     if tracer is not None:
         from nanovllm.entrypoints.serve.tracing import ContinueTraces, RequestSpans  # needs packages of an extra
