@@ -19,16 +19,13 @@ import json
 import re
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from gpu_correctness import CHECKS
 from gpu_engine import Setup
 from gpu_plot import plot_roofline
 from gpu_speed import FIGURES
+from parts import run, verdict
 from report import RESULTS, write_results
 from workloads import QWEN3_0_6B, TINY
 
@@ -53,41 +50,7 @@ def main() -> int:
     output = args.output or RESULTS / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{today}.json"
     write_results(output, device=name, quick=args.quick, checks=checks, **figures)
     plot_roofline(output, figures)
-    failed = [name for name, result in checks.items() if not result["passed"]]
-    print(f"checks failed: {', '.join(failed)}" if failed else "all checks passed")
-    return 1 if failed else 0
-
-
-def run(
-    kind: str, parts: dict[str, Callable[[Setup], dict[str, Any]]], setup: Setup, only: list[str] | None
-) -> dict[str, Any]:
-    """Run the parts in order; one that raises is noted and the next begins."""
-    results: dict[str, Any] = {}
-    for name, part in parts.items():
-        if only and name not in only:
-            continue
-        started = time.perf_counter()
-        print(f"{kind}: {name} ...", end=" ", flush=True)
-        try:
-            results[name] = part(setup)
-            outcome = "done"
-            if kind == "check":
-                results[name] = {"passed": True, **results[name]}
-                outcome = "passed" if results[name]["passed"] else "FAILED"
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-            outcome = "FAILED"
-            if kind == "check":
-                results[name]["passed"] = False
-        results[name]["seconds"] = round(time.perf_counter() - started, 2)
-        print(f"{outcome} ({results[name]['seconds']:.1f} s) {summary(results[name])}", flush=True)
-    return results
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The numbers of a part, on one line."""
-    return ", ".join(f"{key} {value:.4g}" for key, value in result.items() if type(value) is float and key != "seconds")
+    return verdict(checks)
 
 
 if __name__ == "__main__":

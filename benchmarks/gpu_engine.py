@@ -1,4 +1,4 @@
-"""What the parts of gpu_check.py share: the device, the model's shape, engines, and clocks."""
+"""What the parts of gpu_check.py and npu_check.py share: the device, the model's shape, engines, and clocks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.errors import ParameterError
 from nanovllm.ops import operator_table
+from nanovllm.platforms import get_platform
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Setup:
     """How to run.
 
     Attributes:
-        device: "cuda" or "cpu".
+        device: "cuda", "npu" or "cpu".
         quick: do as little as shows that the code works.
         shape: config.json of the model, in the folder ``model``.
         nano_vllm: a checkout of Nano-vLLM.
@@ -43,12 +44,19 @@ class Setup:
         return self.device == "cuda"
 
     @property
+    def on_accelerator(self) -> bool:
+        return self.device != "cpu"
+
+    @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.on_gpu else torch.float32
+        if not self.on_accelerator:
+            return torch.float32
+        name: str = get_platform(self.device).resolve_dtype("auto", "bfloat16")
+        return getattr(torch, name)
 
     def device_name(self) -> str:
         """What the machine calls the device."""
-        return torch.cuda.get_device_name() if self.on_gpu else platform.machine() + " cpu"
+        return getattr(torch, self.device).get_device_name(0) if self.on_accelerator else platform.machine() + " cpu"
 
     def few(self, count: int, instead: int) -> int:
         """``count``, or ``instead`` when quick."""
@@ -79,8 +87,8 @@ class Setup:
         return found
 
     def synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        if self.on_accelerator:
+            getattr(torch, self.device).synchronize()
 
     def seconds(self, work: Callable[[], Any], repeats: int) -> float:
         """Seconds that ``work`` takes on the device, once it is warm: the median of ``repeats``."""
@@ -112,5 +120,7 @@ def fixed(max_tokens: int, temperature: float = 0.0, **options: Any) -> Sampling
 def free_memory() -> None:
     """Give back what closed engines held."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for name in ("cuda", "npu"):
+        device = getattr(torch, name, None)
+        if device is not None and device.is_available():
+            device.empty_cache()

@@ -1,9 +1,8 @@
-"""The figures of gpu_check.py, each beside what the card allows by its own bandwidth and product rate."""
+"""The figures of gpu_check.py and npu_check.py, each beside what the card's own bandwidth and product rate allow."""
 
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -14,21 +13,11 @@ from typing import Any
 
 import torch
 from gpu_engine import Setup, fixed, free_memory, generate
-from workloads import parameters
+from workloads import Requests, nano_requests, parameters
 
 from nanovllm.ops import AttentionMetadata, Operators, operator_table
 
 HERE = Path(__file__).parent
-Requests = tuple[list[list[int]], list[int]]  # prompts, output lengths
-
-
-def nano_requests(count: int, longest: int) -> Requests:
-    """Requests of Nano-vLLM's own benchmark: prompts and outputs of 100 .. 1024 tokens, seed 0."""
-    draw = random.Random(0)
-    shortest = min(100, longest)
-    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(shortest, longest))] for _ in range(count)]
-    return prompts, [draw.randint(shortest, longest) for _ in range(count)]
-
 
 # ---- what the card allows -------------------------------------------------------------------------------------------
 
@@ -184,7 +173,7 @@ def _run_requests(setup: Setup, requests: Requests, rounds: int, **options: Any)
     params = [fixed(n, 0.6) for n in output_lens]
     with setup.engine(enable_prefix_caching=False, **options) as llm:
         generate(llm, prompts, [fixed(min(8, n), 0.6) for n in output_lens])
-        if setup.on_gpu:  # every bucket, while requests leave one by one
+        if setup.on_accelerator:  # every bucket, while requests leave one by one
             generate(llm, [[5]] * len(prompts), [fixed(2 + i, 0.6) for i in range(len(prompts))])
         times = []
         for _ in range(rounds):

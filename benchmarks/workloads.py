@@ -1,4 +1,4 @@
-"""The three CPU workloads, and the model they run on: Qwen3-0.6B's shape with random weights."""
+"""The three CPU workloads, Nano-vLLM's requests, and the model they run on: Qwen3-0.6B's shape, random weights."""
 
 from __future__ import annotations
 
@@ -81,6 +81,17 @@ def workloads(scale: float = 1.0) -> dict[str, Workload]:
         "prefill": Workload([long[: scaled(1024)]], [1], 0.0, counts_prompt=True),
         "batch": Workload([p[: scaled(len(p))] for p in prompts], [scaled(n) for n in output_lens], 0.6),
     }
+
+
+Requests = tuple[list[list[int]], list[int]]  # prompts, output lengths
+
+
+def nano_requests(count: int, longest: int) -> Requests:
+    """Requests of Nano-vLLM's own benchmark: prompts and outputs of 100 .. 1024 tokens, seed 0."""
+    draw = random.Random(0)
+    shortest = min(100, longest)
+    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(shortest, longest))] for _ in range(count)]
+    return prompts, [draw.randint(shortest, longest) for _ in range(count)]
 
 
 def parameters(shape: dict[str, Any]) -> tuple[int, int]:

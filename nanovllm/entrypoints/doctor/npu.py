@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from nanovllm.entrypoints.doctor import ascend, probes
@@ -30,6 +31,10 @@ def check_npu(wanted: bool, torch_version: str | None) -> Iterator[Finding]:
         wanted: the engine is to run on an NPU, so that there being none is a problem.
         torch_version: the installed torch, None if it is not known.
     """
+    if os.environ.get("NANOVLLM_NPU_EMULATED") == "1":
+        yield warning("Ascend", "emulated: torch-npu runs, but there is no NPU", "unset NANOVLLM_NPU_EMULATED")
+        yield from check_import()
+        return
     files, package = ascend.device_files(), ascend.torch_npu_version()
     smi, chips = ascend.npu_smi()
     cann, driver = ascend.cann_version(), ascend.driver_version()
@@ -206,12 +211,22 @@ def check_variables(devices: int | None) -> Iterator[Finding]:
     if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
         remedy = "unset ASCEND_LAUNCH_BLOCKING; or start with --enforce-eager"
         yield warning("ASCEND_LAUNCH_BLOCKING", "every launch waits for the NPU: slow, and graphs fail", remedy)
+    if os.environ.get("NANOVLLM_ASCEND_FUSED") == "1" and not _has_triton_ascend():
+        remedy = "pip uninstall triton, pip install triton-ascend; or unset NANOVLLM_ASCEND_FUSED"
+        yield warning("NANOVLLM_ASCEND_FUSED", "needs triton-ascend, so torch_npu's operators are used", remedy)
     allocator = os.environ.get("PYTORCH_NPU_ALLOC_CONF", "")
     if "pin_memory_expandable_segments:true" in allocator.replace(" ", "").lower():
         remedy = "use expandable_segments:True alone, or start with --enforce-eager"
         yield warning("PYTORCH_NPU_ALLOC_CONF", "pin_memory_expandable_segments does not go with graphs", remedy)
     set_ones = [f"{name}={os.environ[name]}" for name in ascend.VARIABLES if name in os.environ]
     yield ok("environment", "; ".join(set_ones) or "none of the variables that matter is set")
+
+
+def _has_triton_ascend() -> bool:
+    try:
+        return bool(metadata.version("triton-ascend"))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _check_visible(value: str | None, devices: int | None) -> Iterator[Finding]:
