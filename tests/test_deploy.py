@@ -22,13 +22,15 @@ import pytest
 import yaml
 from serving import ROOT, Served, served, shared_server
 
+from nanovllm.entrypoints.cli.flags import engine_args
 from nanovllm.entrypoints.cli.main import make_parser
 from nanovllm.entrypoints.cli.serve_flags import serve_args
+from nanovllm.entrypoints.doctor import ascend_versions
 from nanovllm.entrypoints.serve.args import ServeArgs
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").glob("Dockerfile.*[!e]"))
-INSTRUCTIONS = {"FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL",
+INSTRUCTIONS = {"ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL",
                 "ENTRYPOINT", "CMD"}  # fmt: skip
 
 
@@ -68,19 +70,20 @@ def instructions(file: Path) -> list[tuple[str, str]]:
 
 
 def test_there_are_dockerfiles():
-    assert [file.name for file in DOCKERFILES] == ["Dockerfile.cpu", "Dockerfile.cuda"]
+    names = [f"Dockerfile.{device}" for device in ("cpu", "cuda", "npu", "npu-310p")]
+    assert [file.name for file in DOCKERFILES] == names
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
 def test_a_dockerfile_copies_what_there_is_and_starts_the_server(file: Path):
     lines = instructions(file)
-    assert {name for name, _ in lines} <= INSTRUCTIONS and lines[0][0] == "FROM"
+    assert {name for name, _ in lines} <= INSTRUCTIONS and lines[0][0] in ("FROM", "ARG")
     ignored = file.with_name(file.name + ".dockerignore").read_text(encoding="utf-8").splitlines()
     sent = {line[1:] for line in ignored if line.startswith("!")}
     copied = {name for kind, rest in lines if kind == "COPY" and "--from" not in rest for name in rest.split()[:-1]}
     assert copied == sent and all((ROOT / name).exists() for name in copied)
     last = {name: rest for name, rest in lines}
-    assert json.loads(last["ENTRYPOINT"]) == ["nanovllm", "serve"] and last["USER"] != "root"
+    assert started_by(json.loads(last["ENTRYPOINT"])) == ["nanovllm", "serve"] and last["USER"] != "root"
     settings = settings_of(json.loads(last["CMD"]))
     assert str(settings.port) == last["EXPOSE"] and settings.host == "0.0.0.0"
     users = [index for index, (name, _) in enumerate(lines) if name == "USER"]
@@ -89,6 +92,39 @@ def test_a_dockerfile_copies_what_there_is_and_starts_the_server(file: Path):
         if name == "RUN":
             assert "apt-get install -y --no-install-recommends" in rest or "apt-get" not in rest
             assert subprocess.run(["sh", "-n", "-c", rest], check=False).returncode == 0
+
+
+def started_by(entrypoint: list[str]) -> list[str]:
+    """The program that an entry point becomes: itself, or what a shell starts after CANN's environment is set."""
+    if entrypoint[:2] != ["bash", "-c"]:
+        return entrypoint
+    *sourced, started = entrypoint[2].split(" && ")
+    scripts = ["ascend-toolkit/set_env.sh", "nnal/atb/set_env.sh"]
+    assert sourced == [f"source /usr/local/Ascend/{script}" for script in scripts]
+    words = shlex.split(started)
+    assert words[0] == "exec" and words[-1] == "$@" and len(entrypoint) == 4  # the fourth is the shell's own name
+    return words[1:-1]
+
+
+@pytest.mark.parametrize("chip", ["", "-310p"])
+def test_the_images_for_ascend_have_versions_that_go_together(chip: str):
+    """CANN of the base image, torch and torch-npu, by the table of ``nanovllm doctor``."""
+    lines = instructions(DEPLOY / "docker" / f"Dockerfile.npu{chip}")
+    base = re.fullmatch(
+        r"quay\.io/ascend/cann:([\d.]+)-(\S+)-ubuntu22\.04-py3\.12",
+        next(rest for name, rest in lines if name == "FROM"),
+    )
+    installed = dict(
+        re.findall(r"(torch|torch-npu)==([\w.]+)", " ".join(rest for name, rest in lines if name == "RUN"))
+    )
+    assert base is not None and base[2] == ("310p" if chip else "${CHIP}")
+    release = ascend_versions.release_of(installed["torch-npu"])
+    assert release is not None and ascend_versions.series(base[1]) in release.works_with
+    assert ascend_versions.torch_of(installed["torch-npu"]) == installed["torch"]
+    command = json.loads(next(rest for name, rest in lines if name == "CMD"))
+    asked = engine_args(make_parser(["serve"]).parse_args(["serve", *command]))
+    assert asked["device"] == "npu"
+    assert (asked.get("dtype"), asked.get("enforce_eager")) == (("float16", True) if chip else (None, None))
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
