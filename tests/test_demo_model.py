@@ -18,12 +18,12 @@ import eval_demo_model as evaluation  # noqa: E402
 # The least share of right answers in the quick part of the evaluation. Sums and the end of answers are at their goals;
 # the others lie somewhat below the figures of docs/demo-model.md, because kernels of other machines round differently.
 LEAST = {
-    "questions en": 0.55,
-    "questions zh": 0.65,
-    "tools en": 0.25,
-    "tools zh": 0.25,
+    "questions en": 0.65,
+    "questions zh": 0.75,
+    "tools en": 0.6,
+    "tools zh": 0.65,
     "sums, one digit": 0.95,
-    "sums, two digits": 0.93,
+    "sums, two digits": 0.95,
     "ends with EOS": 0.97,
 }
 
