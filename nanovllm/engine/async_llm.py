@@ -230,7 +230,8 @@ class AsyncLLM(EngineFace):
                     await stream.wait()
                     continue
                 if isinstance(output, BaseException):
-                    reason = "error"
+                    if not isinstance(output, RequestTimeoutError):
+                        reason = "error"
                     raise output
                 finished = output.finished
                 if finished:
