@@ -117,6 +117,35 @@ struct GatherArguments {
     int64_t row_bytes;
 };
 
+// tokens [rows] = a column of every row of logits, chosen as nanovllm/runner/choice.py says. All arrays are [rows].
+struct ChooseArguments {
+    int64_t rows;
+    const float* logits;       // [rows, columns]
+    const float* temperature;  // 0: the first of the largest
+    const int64_t* top_k;      // 0: off
+    const float* top_p;        // 1: off
+    const float* min_p;        // 0: off
+    const uint64_t* seeds;     // a draw depends on seed and position alone
+    const int64_t* positions;
+    int64_t* tokens;
+    int64_t columns;
+};
+
+// Penalties of nanovllm/runner/logit_rules.py, in place. Arrays are [rows], for the rows of logits that are concerned.
+struct PenaltyArguments {
+    int64_t rows;
+    float* logits;               // [.., columns]
+    const int32_t* tokens;       // the token table, its rows token_stride apart
+    const int64_t* logit_rows;   // the row of logits
+    const int64_t* table_rows;   // its row of the table:
+    const int64_t* lengths;      // so many tokens,
+    const int64_t* num_prompt;   // the first of which are the prompt's
+    const float* repetition;     // 1: off
+    const float* frequency;      // 0: off
+    const float* presence;
+    int64_t columns, token_stride;
+};
+
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -132,6 +161,10 @@ void nanovllm_unpack_rows(const LinearArguments*);
 void nanovllm_dequantize_rows(const QuantizedArguments*);
 void nanovllm_gather_rows(const GatherArguments*);
 
+// ---- behind the model ----
+void nanovllm_choose(const ChooseArguments*);
+void nanovllm_penalise(const PenaltyArguments*);
+
 // ---- a list of kernels ----
 struct Call {
     void (*kernel)(const void* arguments);
@@ -144,6 +177,7 @@ void nanovllm_run(const Call* calls, int64_t count, int64_t rows);
 // How many threads may work at once, the calling one included; 1 at first.
 void nanovllm_set_threads(int32_t threads);
 
+// ``packed`` has nanovllm_packed_bytes bytes. It may be the weight itself, if that is contiguous and has as many.
 int64_t nanovllm_packed_bytes(int64_t outputs, int64_t inputs, int32_t dtype);
 void nanovllm_pack_linear(const void* weight, int64_t outputs, int64_t inputs, int64_t stride, void* packed,
                           int32_t dtype);

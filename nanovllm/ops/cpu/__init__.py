@@ -26,6 +26,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
     from nanovllm.ops.cpu.library import load_library
     from nanovllm.ops.cpu.linear import CpuLinear
     from nanovllm.ops.cpu.program import record
+    from nanovllm.ops.cpu.sampling import Sampling
 
     library = load_library()
     if library is None and quantization is not None:
@@ -43,6 +44,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
         Elementwise(library, base),
         CpuLinear(library, base, quantization),
     )
+    sampling = Sampling(library)
     return replace(
         base,
         rms_norm=elementwise.rms_norm,
@@ -55,4 +57,6 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
         record=partial(record, library),
+        choose=sampling.choose,
+        penalise=sampling.penalise,
     )

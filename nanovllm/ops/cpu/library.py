@@ -124,6 +124,25 @@ class GatherArguments(Arguments):
     _fields_ = (*((name, _P) for name in ("indices", "source", "out")), ("row_bytes", _N))
 
 
+class ChooseArguments(Arguments):
+    """struct ChooseArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions", "tokens")),
+        ("columns", _N),
+    )
+
+
+class PenaltyArguments(Arguments):
+    """struct PenaltyArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("logits", "tokens", "logit_rows", "table_rows", "lengths", "num_prompt")),
+        *((name, _P) for name in ("repetition", "frequency", "presence")),
+        *((name, _N) for name in ("columns", "token_stride")),
+    )
+
+
 class Call(ctypes.Structure):
     """struct Call of csrc/kernels.h."""
 
@@ -142,6 +161,8 @@ _KERNELS: dict[str, type[Arguments]] = {
     "unpack_rows": LinearArguments,
     "dequantize_rows": QuantizedArguments,
     "gather_rows": GatherArguments,
+    "choose": ChooseArguments,
+    "penalise": PenaltyArguments,
 }
 _FUNCTIONS: dict[str, tuple[type, ...]] = {  # arguments; nothing is returned
     "run": (ctypes.POINTER(Call), _N, _N),
