@@ -1,5 +1,7 @@
 """A headless browser for tests: Debian's ``chromium`` or any Chrome on the path, driven over the DevTools protocol.
 
+With ``NANOVLLM_TEST_BROWSER=fetch`` one is fetched where there is none (`fetched_browser.py`).
+
 with browser() as page:                       # skips the test, with the reason, if there is none
     page.open("http://...")
     page.wait("document.title === 'x'"); page.evaluate("1 + 1"); page.click("#id"); page.screenshot(path)
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fetched_browser import Unavailable, fetch_browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LIMIT = 60.0  # seconds; for machines that do much else
@@ -132,12 +135,23 @@ class Page:
             self.urls.append(said["request"]["url"])
 
 
+def _command() -> str:
+    command = next(filter(None, map(shutil.which, NAMES)), None)
+    if command is not None:
+        return command
+    missing = f"no browser is installed ({', '.join(NAMES)}): apt-get install chromium"
+    if os.environ.get("NANOVLLM_TEST_BROWSER") != "fetch":
+        pytest.skip(f"{missing}, or set NANOVLLM_TEST_BROWSER=fetch")
+    try:
+        return fetch_browser()
+    except Unavailable as reason:
+        pytest.skip(f"{missing}; none can be fetched: {reason}")
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Page]:
     """A page of a browser of its own."""
-    command = next(filter(None, map(shutil.which, NAMES)), None)
-    if command is None:
-        pytest.skip(f"no browser is installed ({', '.join(NAMES)}): apt-get install chromium")
+    command = _command()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for pipe in (os.pipe(), os.pipe()) for end in _closing(pipe)]
         commands_out, commands_in, answers_out, answers_in = ends
