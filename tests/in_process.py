@@ -82,7 +82,7 @@ class Site:
 async def serving(
     engine: dict[str, Any] | None = None, executor: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Site]:
-    """An application with these settings (`ServeArgs`); ``engine``: of `engine_config`; it must end with nothing left."""
+    """An application with settings of `ServeArgs`, `engine_config`, `FakeExecutor`; it must leave nothing behind."""
     llm = AsyncLLM(
         engine_config(**(engine or {})), FakeExecutor(**{"num_blocks": 200, "seconds": 0.002, **(executor or {})})
     )
