@@ -1,7 +1,8 @@
 /* The older operator interface (aclop), which torch_npu still uses for a few operators, most of them on the 310P.
  *
- * One operator is emulated: "Identity", torch_npu's way to bring a tensor into another format. FRACTAL_NZ keeps the last
- * two dimensions [m, n] as [ceil(n / 16), ceil(m / 16), 16, 16]. Running any other operator is an error that names it. */
+ * Emulated are "Identity", torch_npu's way to bring a tensor into another format, and "ZerosLike" for tensors in such a
+ * format. FRACTAL_NZ keeps the last two dimensions [m, n] as [ceil(n / 16), ceil(m / 16), 16, 16]. Running any other
+ * operator is an error that names it. */
 #include "emulated.h"
 
 #define TILE 16
@@ -97,6 +98,20 @@ static aclError change_format(const aclTensorDesc *from, const aclDataBuffer *so
     return submit_work(stream, (Work){"Identity", run_conversion, free, c});
 }
 
+static int run_zeros(void *arg) {
+    const aclDataBuffer *buffer = arg;
+    memset(buffer->data, 0, buffer->size);
+    return 0;
+}
+
+static aclError zeros(const aclDataBuffer *target, aclrtStream stream) {
+    if (memory_kind_of(target->data, target->size, NULL) != MEMORY_DEVICE)
+        return fail(ACL_ERROR_RT_PARAM_INVALID, "ZerosLike: %zu bytes at %p are not device memory", target->size, target->data);
+    aclDataBuffer *kept = malloc(sizeof *kept);
+    *kept = *target;
+    return submit_work(stream, (Work){"ZerosLike", run_zeros, free, kept});
+}
+
 API aclError aclopCompileAndExecute(const char *operator_type, int inputs, const aclTensorDesc *const input_descriptors[],
                                     const aclDataBuffer *const input_buffers[], int outputs,
                                     const aclTensorDesc *const output_descriptors[],
@@ -106,6 +121,7 @@ API aclError aclopCompileAndExecute(const char *operator_type, int inputs, const
     (void)attribute, (void)engine, (void)compile, (void)path;
     if (strcmp(operator_type, "Identity") == 0 && inputs == 1 && outputs == 1)
         return change_format(input_descriptors[0], input_buffers[0], output_descriptors[0], output_buffers[0], stream);
+    if (strcmp(operator_type, "ZerosLike") == 0 && outputs == 1) return zeros(output_buffers[0], stream);
     return fail(ACL_ERROR_OP_NOT_FOUND, "the legacy operator %s is not emulated", operator_type);
 }
 

@@ -27,6 +27,14 @@ def inplace_copy(self: Tensor, source: Tensor) -> None:
     self.copy_(source)
 
 
+@operator("ForeachCopy")
+def foreach_copy(sources: Tensors, targets: Tensors) -> None:
+    require(len(sources) == len(targets), f"{len(sources)} tensors into {len(targets)}")
+    for source, target in zip(sources, targets, strict=True):
+        require(source.shape == target.shape, f"{tuple(source.shape)} into {tuple(target.shape)}")
+        target.copy_(source)
+
+
 @operator("InplaceZero")
 def inplace_zero(self: Tensor) -> None:
     self.zero_()

@@ -30,12 +30,9 @@ def _check_init_routing(
     require(not (IS_310P and x.dtype == torch.bfloat16), f"{SOC} has no bfloat16")
     require(experts.dtype == torch.int32, f"expert_idx must be int32, not {experts.dtype}")
     require(experts.dim() == 2 and experts.shape[0] == x.shape[0], f"expert_idx {tuple(experts.shape)}")
-    require(active in (-1, 0) or active >= experts.numel(), f"active_num {active} below {experts.numel()}: not emulated")
-    require(drop_pad == 0, "drop_pad_mode must be 0")
     require(tokens_flag, "expert_tokens_num_flag must be true")
     require(list(expert_range) == [0, count], f"active_expert_range {expert_range}: a part of the experts is not emulated")
-    if not IS_310P:
-        require(tokens_type == 1, f"expert_tokens_num_type {tokens_type} is not emulated (1: count)")
+    require(tokens_type == 1, f"expert_tokens_num_type {tokens_type} is not emulated (1: count)")
 
 
 @operator("MoeInitRoutingV3", check=_check_init_routing)
@@ -44,16 +41,39 @@ def init_routing(
     drop_pad: int, tokens_type: int, tokens_flag: bool, quant: int, expert_range: Ints, row_type: int,
     x_out: Tensor, rows: Tensor, tokens: Tensor, scale_out: Tensor,
 ) -> None:  # fmt: skip
+    _route(x, experts, active, count, drop_pad, tokens_type == 0, row_type, x_out, rows, tokens)
+
+
+def _route(
+    x: Tensor, experts: Tensor, active: int, count: int, drop_pad: int, running_sums: bool, row_type: int,
+    x_out: Tensor, rows: Tensor, tokens: Tensor,
+) -> None:  # fmt: skip
+    """Rows of x sorted by expert, a row for each of its experts, and where each went."""
+    require(active in (-1, 0) or active >= experts.numel(), f"active_num {active} below {experts.numel()}: not emulated")
+    require(drop_pad == 0, "drop_pad_mode must be 0")
     flat = experts.reshape(-1).long()
     require(bool(((flat >= 0) & (flat < count)).all()), f"an expert outside 0..{count - 1}")
     order = flat.sort(stable=True).indices
     x_out.copy_(x[order // experts.shape[1]])
     counts = torch.bincount(flat, minlength=count)
-    tokens.copy_(counts.cumsum(0) if IS_310P else counts)  # the 310P gives running sums, whatever was asked for
+    tokens.copy_(counts.cumsum(0) if running_sums else counts)
     if row_type == 1:
         rows.copy_(order)
     else:
         rows.copy_(order.argsort())
+
+
+_RUNNING_SUMS, _COUNTS = 1, 2
+
+
+@operator("MoeInitRoutingV2")
+def init_routing_v2(
+    x: Tensor, experts: Tensor, active: int, capacity: int, count: int, drop_pad: int, tokens_type: int,
+    before_capacity: bool, x_out: Tensor, rows: Tensor, tokens: Tensor, tokens_before: Tensor,
+) -> None:  # fmt: skip
+    """The older version, which torch_npu takes on the 310P; it asks it for running sums, whatever it was asked for."""
+    require(tokens_type in (_RUNNING_SUMS, _COUNTS) and not before_capacity, "other counts are not emulated")
+    _route(x, experts, active, count, drop_pad, tokens_type == _RUNNING_SUMS, 0, x_out, rows, tokens)
 
 
 def _check_grouped(

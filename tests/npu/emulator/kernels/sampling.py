@@ -22,7 +22,7 @@ def _check(logits: Tensor, p: Tensor | None, k: Tensor | None, out: Tensor) -> N
 
 @operator("ApplyTopKTopP", check=_check)
 def apply_top_k_top_p(logits: Tensor, p: Tensor | None, k: Tensor | None, out: Tensor) -> None:
-    values, order = logits.float().sort(-1, stable=True)
+    values, order = logits.float().sort(dim=-1, stable=True)
     if k is not None:
         most = min(1024, logits.shape[1])
         require(bool(((k >= 1) & (k <= most)).all()), f"k must be in 1..{most}: {k.tolist()}")
