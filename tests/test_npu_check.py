@@ -66,11 +66,12 @@ def test_tokens_may_differ_only_where_two_are_equally_likely(checks: Any) -> Non
     assert checks.compare_runs([unsure], [unheard_of], 0.1)["different"] == 1
 
 
-@pytest.mark.parametrize("fault", ["scale", "mask", "slots", "norm", "block table", "nan"])
+@pytest.mark.parametrize("fault", ["scale", "mask", "slots", "norm", "block table", "copy", "nan", "raises"])
 def test_a_faulty_operator_is_found(checks: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the classic faults of a backend, put into the reference's own operators."""
     import dataclasses
 
+    import npu_operators
     from gpu_engine import Setup
 
     from nanovllm.ops import reference, torch_operators
@@ -94,12 +95,22 @@ def test_a_faulty_operator_is_found(checks: Any, fault: str, monkeypatch: pytest
             changed[1], changed[2] = changed[2], changed[1]
         return reference.norm_rotate_write(*changed)
 
+    def copy(caches: Any, sources: Any, targets: Any) -> None:
+        if fault == "raises":
+            raise RuntimeError("error 507015")
+        if fault != "copy":
+            reference.copy_blocks(caches, sources, targets)
+
     def silu(x: Any) -> Any:
         return reference.silu_and_mul(x) * (float("nan") if fault == "nan" else 1.0)
 
-    faulty = dataclasses.replace(right, paged_attention=attend, norm_rotate_write=write, silu_and_mul=silu)
+    faulty = dataclasses.replace(
+        right, paged_attention=attend, norm_rotate_write=write, silu_and_mul=silu, copy_blocks=copy
+    )
     setup = Setup("cpu", True, {}, ROOT, None, None)
-    monkeypatch.setattr(checks, "operator_table", lambda device: right)
+    monkeypatch.setattr(npu_operators, "operator_table", lambda device: right)
     assert checks.operators(setup)["passed"]
-    monkeypatch.setattr(checks, "operator_table", lambda device: faulty)
-    assert not checks.operators(setup)["passed"]
+    monkeypatch.setattr(npu_operators, "operator_table", lambda device: faulty)
+    found = checks.operators(setup)
+    assert not found["passed"] and (fault == "raises") == bool(found["raised"])
+    assert found["rms_norm"] < 1e-5  # the others are judged all the same
