@@ -7,6 +7,7 @@
 // Invariant: as for every product, a row's result has the same bits in any batch.
 #include <algorithm>
 
+#include "buffer.h"
 #include "dtype.h"
 #include "product.h"
 #include "rows.h"
@@ -20,21 +21,30 @@ constexpr int64_t TASK_ROWS = 192;
 template <class T>
 constexpr int PER_CELL = sizeof(cell) / sizeof(T);
 
+// A panel takes as much room as the rows it is made of: so a weight can be packed where it lies, panel by panel.
 template <class T>
 void pack_linear(const T* weight, int64_t outputs, int64_t inputs, int64_t stride, cell* packed) {
     const int64_t depth = inputs / PER_CELL<T>, panels = (outputs + PANEL - 1) / PANEL;
-    const ptrdiff_t cell_stride = stride / PER_CELL<T>;
     const cell* rows = reinterpret_cast<const cell*>(weight);
-    parallel_for(panels * NV, [=](int64_t group) {
-        const int64_t first = group * LANES;
-        cell* to = packed + group / NV * PANEL * depth + group % NV * LANES;
-        if (first + LANES <= outputs) {
-            transpose_into_panel(rows + first * cell_stride, cell_stride, int(depth), to);
-            return;
+    parallel_for(panels, [=](int64_t panel) {
+        thread_local Buffer<cell> copy;
+        const int64_t count = std::min<int64_t>(PANEL, outputs - panel * PANEL);
+        ptrdiff_t cell_stride = stride / PER_CELL<T>;
+        const cell* from = rows + panel * PANEL * cell_stride;
+        if (rows == packed) {
+            from = static_cast<cell*>(std::memcpy(copy.at_least(PANEL * depth), from, PANEL * depth * sizeof(cell)));
+            cell_stride = depth;
         }
-        for (int64_t i = 0; i < depth; ++i)  // columns without an output are zero
-            for (int lane = 0; lane < LANES; ++lane)
-                to[i * PANEL + lane] = first + lane < outputs ? rows[(first + lane) * cell_stride + i] : 0;
+        for (int64_t first = 0; first < PANEL; first += LANES) {
+            cell* to = packed + panel * PANEL * depth + first;
+            if (first + LANES <= count) {
+                transpose_into_panel(from + first * cell_stride, cell_stride, int(depth), to);
+                continue;
+            }
+            for (int64_t i = 0; i < depth; ++i)  // columns without an output are zero
+                for (int lane = 0; lane < LANES; ++lane)
+                    to[i * PANEL + lane] = first + lane < count ? from[(first + lane) * cell_stride + i] : 0;
+        }
     });
 }
 

@@ -308,6 +308,29 @@ def test_quantized_linear_of_a_row_is_the_same_bits_in_any_batch(instruction_set
         assert torch.equal(linear.linear(x[:rows], packed, bias), expected[:rows])
 
 
+@settings(max_examples=15)
+@given(
+    outputs=st.integers(1, 200), inputs=st.integers(1, 60), dtype=DTYPES, threads=st.sampled_from([1, 3]), seed=SEEDS
+)
+@example(outputs=128, inputs=34, dtype=torch.bfloat16, threads=1, seed=0)
+@example(outputs=192, inputs=7, dtype=torch.float32, threads=3, seed=0)
+def test_a_weight_packed_where_it_lies_equals_a_packed_copy(instruction_set, outputs, inputs, dtype, threads, seed):
+    library = cpu_library.load_library(instruction_set)
+    library.set_threads(threads)
+    linear = CpuLinear(library, REFERENCE)
+    weight = normal(seed, outputs, inputs, dtype=dtype)
+    place = linear.allocate_matrix(outputs, inputs, dtype)
+    assert place.shape == weight.shape and place.dtype == dtype
+    place.copy_(weight)
+    packed, copied = linear.pack_linear(place), linear.pack_linear(weight)
+    library.set_threads(1)
+    if dtype != torch.float16 and outputs % 64 == 0 and inputs % 2 == 0:
+        assert packed.memory[0].data_ptr() == place.data_ptr()
+    x = normal(seed + 1, 3, inputs, dtype=dtype)
+    assert torch.equal(linear.linear(x, packed, None), linear.linear(x, copied, None))
+    assert torch.equal(linear.rows(packed, torch.arange(outputs)), weight)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_of_a_packed_weight_are_those_of_the_weight(instruction_set, dtype: torch.dtype) -> None:
     """An embedding can read its rows from the output head."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from nanovllm.errors import ModelError
 from nanovllm.models import build_model, loader
+from nanovllm.models.tensor_file import TensorFile
 from nanovllm.ops import torch_operators
+from nanovllm.ops.cpu.library import supported_instruction_sets
 from nanovllm.parallel import ParallelContext
 
 PROMPT = list(range(20))
@@ -155,6 +159,83 @@ def test_weights_go_straight_into_the_fused_parameters(tmp_path: Path) -> None:
         slot = slots[f"model.layers.0.self_attn.{kind}_proj.weight"]
         assert slot.target.data_ptr() == model.layers[0].attention.qkv.weight[rows].data_ptr()
     assert set(slots) == set(load_file(tmp_path / "model.safetensors"))
+
+
+PEAK_OF_LOADING = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+import torch
+from nanovllm.ops import operator_table
+from paged import load_model
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+ops = operator_table("cpu", None, sys.argv[2] or None)
+before = peak()
+model = load_model(Path(sys.argv[1]), dtype=torch.bfloat16, ops=ops)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.skipif(not supported_instruction_sets(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize(
+    ("quantization", "stored", "most"),
+    [("", torch.bfloat16, 1.2), ("", torch.float32, 1.4), ("int8", torch.bfloat16, 1.0)],
+)
+def test_there_are_never_two_copies_of_the_weights(
+    quantization: str, stored: torch.dtype, most: float, tmp_path: Path
+) -> None:
+    """The peak beyond what the process takes anyway, relative to the weights in bfloat16."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32_000,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {name: torch.zeros(slot.shape, dtype=stored) for name, slot in empty_model(config).slots().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    size = 2 * sum(weight.numel() for weight in weights.values())
+    assert size > 120 * 2**20
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", PEAK_OF_LOADING, str(tmp_path), quantization, str(tests.parent), str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken = int(done.stdout)
+    assert 0.4 * size < taken < most * size
+
+
+def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F17"', 1))
+    with pytest.raises(ModelError, match=r"is stored as F17; weights can be F64, F32"):
+        load_model(tmp_path)
+
+
+def test_a_tensor_of_no_elements_and_one_of_none_are_read(tmp_path: Path) -> None:
+    weights = {"none": torch.zeros(0, 3), "one": torch.tensor(2.5), "many": torch.arange(10.0)}
+    save_file(weights, tmp_path / "some.safetensors")
+    with TensorFile(tmp_path / "some.safetensors") as file:
+        assert {name: file.dtype(name) for name in weights} == dict.fromkeys(weights, torch.float32)
+        for name, weight in weights.items():
+            target = torch.empty(file.tensors[name].shape)
+            file.read(name, 0, target)
+            assert torch.equal(target, weight)
+        target = torch.empty(2, 2)
+        file.read("many", 3, target)
+        assert target.tolist() == [[3.0, 4.0], [5.0, 6.0]]
+
+
+def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = make_checkpoint(tmp_path, "qwen2")
+    monkeypatch.setattr(loader, "_PIECE_BYTES", 256)
+    assert (logits_of(tmp_path) - reference_logits(reference, PROMPT)).abs().max() < 2e-5
 
 
 # ---- dummy weights ------------------------------------------------------------------------------------------------

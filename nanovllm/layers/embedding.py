@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanovllm.layers.weights import LayerContext, Slots, WeightSlot
+from nanovllm.layers.weights import Layer, LayerContext, Slots, WeightSlot
 
 
 class VocabShard:
@@ -23,13 +23,13 @@ class VocabShard:
         rows = -(-vocab_size // context.parallel.world)
         self.start = min(context.parallel.rank * rows, vocab_size)
         self.filled = min(rows, vocab_size - self.start)
-        self.weight: Any = context.empty(rows, hidden_size)
+        self.weight: Any = context.empty_matrix(rows, hidden_size)
         self.weight[self.filled :].zero_()
 
-    def slots(self, name: str) -> Slots:
-        """The slot of the matrix called ``name``."""
+    def slots(self, name: str, layer: Layer | None = None) -> Slots:
+        """The slot of the matrix called ``name``; ``layer`` packs it."""
         shape = (self.vocab_size, self.weight.shape[1])
-        return {f"{name}.weight": WeightSlot(self.weight[: self.filled], shape, 0, self.start)}
+        return {f"{name}.weight": WeightSlot(self.weight[: self.filled], shape, 0, self.start, layer)}
 
 
 class Embedding:

@@ -30,14 +30,15 @@ class Linear:
 
     def __init__(self, in_features: int, out_features: int, bias: bool, context: LayerContext) -> None:
         self.ops = context.ops
-        self.weight = context.empty(out_features, in_features)
+        self.weight = context.empty_matrix(out_features, in_features)
         self.bias = context.empty(out_features) if bias else None
         self.packed: Any = None
 
     def finish(self) -> None:
-        """Bring the weight into the operator's own form; where that is a copy, the original is given up."""
-        self.packed = self.ops.pack_linear(self.weight)
-        del self.weight
+        """Bring the weight into the operator's own form; where that is a copy, the original is given up. Idempotent."""
+        if self.packed is None:
+            self.packed = self.ops.pack_linear(self.weight)
+            del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
@@ -57,9 +58,10 @@ class ColumnParallelLinear(Linear):
         row = 0
         for name, part in zip(names, self.parts, strict=True):
             weight = self.weight[row : row + part.count]
-            found[f"{name}.weight"] = WeightSlot(weight, (part.total, weight.shape[1]), 0, part.start)
+            found[f"{name}.weight"] = WeightSlot(weight, (part.total, weight.shape[1]), 0, part.start, self)
             if self.bias is not None:
-                found[f"{name}.bias"] = WeightSlot(self.bias[row : row + part.count], (part.total,), 0, part.start)
+                bias = self.bias[row : row + part.count]
+                found[f"{name}.bias"] = WeightSlot(bias, (part.total,), 0, part.start, self)
             row += part.count
         return found
 
@@ -75,9 +77,10 @@ class RowParallelLinear(Linear):
     def slots(self, name: str) -> Slots:
         """The slot of the matrix (and the bias, whole on every rank) called ``name``."""
         out_features = self.weight.shape[0]
-        found = {f"{name}.weight": WeightSlot(self.weight, (out_features, self.columns.total), 1, self.columns.start)}
+        shape, start = (out_features, self.columns.total), self.columns.start
+        found = {f"{name}.weight": WeightSlot(self.weight, shape, 1, start, self)}
         if self.bias is not None:
-            found[f"{name}.bias"] = WeightSlot(self.bias, (out_features,))
+            found[f"{name}.bias"] = WeightSlot(self.bias, (out_features,), layer=self)
         return found
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -151,21 +151,16 @@ class Decoder:
     def slots(self) -> Slots:
         """Every checkpoint tensor this model needs, by its name in the checkpoint."""
         names = self.spec.names
-        found = self.embedding.shard.slots(names.embedding)
+        found = self.embedding.shard.slots(names.embedding, self.head if self.spec.tied else None)
         for number, layer in enumerate(self.layers):
             found |= layer.slots(names.layer.format(number), names)
         found |= self.norm.slots(names.norm)
         if not self.spec.tied:
-            found |= self.head.shard.slots(names.head)
+            found |= self.head.shard.slots(names.head, self.head)
         return found
 
-    def filled(self, name: str) -> None:
-        """The slot ``name`` has its value. The head, the largest matrix, is packed while little else is in memory."""
-        if name == f"{self.spec.names.embedding if self.spec.tied else self.spec.names.head}.weight":
-            self.head.finish()
-
     def finish(self) -> None:
-        """Pack the matrices, once they are loaded, layer by layer."""
+        """Pack the matrices, once they are loaded, layer by layer; those that are packed already stay as they are."""
         for layer in self.layers:
             layer.finish()
         self.head.finish()

@@ -1,28 +1,31 @@
 """Checkpoint files -> parameters.
 
-Each tensor is read from its memory-mapped file straight into its place, already fused and split: beside the model there
-is never more than one tensor in memory. A checkpoint must fit the model exactly: missing, unexpected and misshapen
-tensors are errors.
+Each tensor is read from its file straight into its place, already fused and split. One that must be converted passes
+through a copy; beside the model there are never more than a few of those. Several threads read, and what is complete is
+packed meanwhile. A checkpoint must fit the model exactly: missing, unexpected and misshapen tensors are errors.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from nanovllm.errors import ModelError
 from nanovllm.layers.weights import Slots, WeightSlot
 from nanovllm.models.decoder import Decoder
+from nanovllm.models.tensor_file import TensorFile
 
 _PROGRESS_BYTES = 4 << 30  # a load below this takes a second or two: no progress bar
-_MAPPED_BYTES = 64 << 20  # pages of a mapped file count as the process's memory until it is closed
+_PIECE_BYTES = 16 << 20  # larger tensors are read by several threads
+_READ_AHEAD = 8  # tensors that are being read while another is packed
 _DUMMY_POOL = 1_048_573  # a prime, so that no two rows of a dummy matrix are alike
 
 
@@ -36,7 +39,7 @@ def load_weights(model: Decoder, path: str | Path, load_format: str, seed: int) 
     if load_format == "dummy":
         fill_with_random(model.slots(), seed)
     else:
-        load_safetensors(model.slots(), checkpoint_files(Path(path)), _tied_head(model), model.filled)
+        load_safetensors(model.slots(), checkpoint_files(Path(path)), _tied_head(model))
     model.finish()
 
 
@@ -68,39 +71,42 @@ def checkpoint_files(path: Path) -> list[Path]:
     return files
 
 
-def load_safetensors(
-    slots: Slots, files: list[Path], tied_head: str | None = None, filled: Callable[[str], None] | None = None
-) -> None:
-    """Fill every slot from ``files``, and tell ``filled`` the name of each; ``slots`` is emptied on the way.
+def load_safetensors(slots: Slots, files: list[Path], tied_head: str | None = None) -> None:
+    """Fill every slot from ``files``, and finish layers as soon as all of theirs are filled; empties ``slots``.
 
     ``tied_head`` is the name of a tensor that may be there and is not needed.
     """
     missing = set(slots)
     unexpected: list[str] = []
+    unfilled = Counter(id(slot.layer) for slot in slots.values())
     total = sum(file.stat().st_size for file in files)
-    with tqdm(
-        total=total, desc="Loading weights", unit="B", unit_scale=True, disable=total < _PROGRESS_BYTES
-    ) as progress:
-        for file in files:
-            wanted: list[tuple[str, str]] = []  # tensor, slot
-            with _open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+    with (
+        ThreadPoolExecutor(torch.get_num_threads(), "weights") as readers,
+        tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=total < _PROGRESS_BYTES) as bar,
+    ):
+        for path in files:
+            with TensorFile(path) as file:
+                wanted: list[tuple[str, str]] = []  # tensor, slot
+                for name in sorted(file.tensors, key=lambda name: file.tensors[name].start):
                     place = name if name in slots else f"model.{name}"  # a decoder saved alone lacks the prefix
                     if place in slots:
                         wanted.append((name, place))
                         missing.discard(place)
                     elif name != tied_head and not name.endswith(".rotary_emb.inv_freq"):
                         unexpected.append(name)
-            wanted.sort(key=lambda pair: slots[pair[1]].target.nbytes)  # the largest is mapped while others are not yet
-            while wanted:
-                with _open(file) as tensors:
-                    read = 0
-                    while wanted and read < _MAPPED_BYTES:
-                        name, place = wanted.pop()
-                        read += _copy(tensors, name, slots.pop(place), file)
-                        if filled is not None:
-                            filled(place)
-                progress.update(read)
+                reading: deque[tuple[WeightSlot, list[Future[None]]]] = deque()
+                while wanted or reading:
+                    while wanted and len(reading) < _READ_AHEAD:
+                        name, place = wanted.pop(0)
+                        slot = slots.pop(place)
+                        reading.append((slot, _start_reading(readers, file, name, slot)))
+                    slot, parts = reading.popleft()
+                    for part in parts:
+                        part.result()
+                    bar.update(slot.target.nbytes)
+                    unfilled[id(slot.layer)] -= 1
+                    if slot.layer is not None and not unfilled[id(slot.layer)]:
+                        slot.layer.finish()
     problems = []
     if missing:
         problems.append(f"missing {_some(sorted(missing))}")
@@ -112,28 +118,27 @@ def load_safetensors(
         )
 
 
-def _open(file: Path):  # type: ignore[no-untyped-def]  # a safe_open
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
-        raise ModelError(f"{file} is damaged or incomplete ({size} bytes: {error}); download it again") from error
-
-
-def _copy(tensors: safe_open, name: str, slot: WeightSlot, file: Path) -> int:
-    """Copy a checkpoint tensor, or this rank's slice of it, into its slot; returns the bytes copied."""
-    source = tensors.get_slice(name)
-    shape = tuple(source.get_shape())
+def _start_reading(readers: ThreadPoolExecutor, file: TensorFile, name: str, slot: WeightSlot) -> list[Future[None]]:
+    """Have a checkpoint tensor, or this rank's part of it, read into its slot."""
+    shape, dtype, target = file.tensors[name].shape, file.dtype(name), slot.target
     if shape != slot.shape:
-        raise ModelError(f"{name} in {file} has shape {list(shape)}, the model of config.json needs {list(slot.shape)}")
-    if slot.whole:
-        value = tensors.get_tensor(name)
-    elif slot.dim == 0:
-        value = source[slot.start : slot.start + slot.target.shape[0]]
-    else:
-        value = source[:, slot.start : slot.start + slot.target.shape[1]]
-    slot.target.copy_(value)
-    return value.numel() * value.element_size()
+        raise ModelError(
+            f"{name} in {file.path} has shape {list(shape)}, the model of config.json needs {list(slot.shape)}"
+        )
+    straight = target.dtype == dtype and target.is_cpu and target.is_contiguous()
+    if not straight or not (slot.whole or slot.dim == 0):
+        return [readers.submit(_convert, file, name, slot)]
+    first, flat = slot.start * (target.numel() // max(1, target.shape[0])), target.view(-1)
+    step = _PIECE_BYTES // target.itemsize
+    pieces = range(0, max(1, flat.numel()), step)
+    return [readers.submit(file.read, name, first + begin, flat[begin : begin + step]) for begin in pieces]
+
+
+def _convert(file: TensorFile, name: str, slot: WeightSlot) -> None:
+    """Read a tensor, and copy what the slot takes of it to where and what it has to be."""
+    value = torch.empty(slot.shape, dtype=file.dtype(name))
+    file.read(name, 0, value)
+    slot.target.copy_(value if slot.whole else value.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
 
 
 def fill_with_random(slots: Slots, seed: int) -> None:

@@ -66,6 +66,8 @@ class Operators:
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
     record: Callable[..., Forward | None]
+    # Rows, columns, dtype -> memory for a weight, which ``pack_linear`` may then pack where it lies. None: any memory.
+    allocate_matrix: Callable[[int, int, torch.dtype], Tensor] | None = None
     choose: Choose | None = None  # None: runner/choice.py, with torch
     penalise: Penalise | None = None  # None: runner/logit_rules.py, with torch
     new_cache: NewCache | None = None  # None: [num_blocks, block_size, kv_heads, head_dim]

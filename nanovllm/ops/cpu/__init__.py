@@ -51,6 +51,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
         add_rms_norm=elementwise.add_rms_norm,
         silu_and_mul=elementwise.silu_and_mul,
         norm_rotate_write=elementwise.norm_rotate_write,
+        allocate_matrix=linear.allocate_matrix,
         pack_linear=linear.pack_linear,
         linear=linear.linear,
         weight_rows=linear.rows,

@@ -57,7 +57,7 @@ class PackedWeight:
 
 
 class CpuLinear:
-    """The operators ``pack_linear``, ``linear`` and ``weight_rows``.
+    """The operators ``allocate_matrix``, ``pack_linear``, ``linear`` and ``weight_rows``.
 
     ``quantization`` is a name of ``QUANTIZATIONS`` or None.
     """
@@ -68,24 +68,46 @@ class CpuLinear:
         self._library = library
         self._base = base
         self._arena = Arena()
+        self._own: dict[int, Tensor] = {}  # memory of matrices that can be packed where they lie, by address
         self._gather = GatherArguments()
         self._quantization = None if quantization is None else QUANTIZATIONS[quantization]
 
+    def allocate_matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a weight. If packing needs no more than that, ``pack_linear`` will do it there, without a copy."""
+        size = rows * columns * dtype.itemsize
+        if self._quantization is not None or not self._is_packable(dtype, columns):
+            return torch.empty((rows, columns), dtype=dtype)
+        if not size or self._library.packed_bytes(rows, columns, DTYPES[dtype]) != size:
+            return torch.empty((rows, columns), dtype=dtype)
+        memory = self._arena.allocate(size)
+        self._own[memory.data_ptr()] = memory
+        return memory.view(dtype).view(rows, columns)
+
+    @staticmethod
+    def _is_packable(dtype: torch.dtype, inputs: int) -> bool:
+        """Whether there is a kernel for weights that are not quantised."""
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and inputs % 2 == 0)
+
     def pack_linear(self, weight: Tensor) -> PackedWeight | Tensor:
-        """A packed copy of ``weight`` [out, in]; what the kernels cannot take goes to the base operators."""
+        """``weight`` [out, in] packed: a copy, or in the memory ``allocate_matrix`` gave it, which then is spent.
+
+        What the kernels cannot take goes to the base operators.
+        """
         outputs, inputs = weight.shape
         if weight.dtype not in DTYPES or weight.stride(1) != 1 or inputs == 0:
             return self._base.pack_linear(weight)
         quantization = self._quantization
         if quantization is not None and inputs % (quantization.group or 16) == 0:
             return self._quantize(weight, quantization)
-        if weight.dtype == torch.float16:
+        if not self._is_packable(weight.dtype, inputs):
             return self._base.pack_linear(weight)
-        if weight.dtype == torch.bfloat16 and (inputs % 2 or weight.stride(0) % 2 or weight.data_ptr() % 4):
+        if weight.dtype == torch.bfloat16 and (weight.stride(0) % 2 or weight.data_ptr() % 4):
             return self._base.pack_linear(weight)
         dtype = DTYPES[weight.dtype]
         library = self._library
-        memory = self._arena.allocate(library.packed_bytes(outputs, inputs, dtype))
+        memory = self._own.pop(weight.data_ptr(), None)
+        if memory is None:
+            memory = self._arena.allocate(library.packed_bytes(outputs, inputs, dtype))
         library.pack_linear(weight.data_ptr(), outputs, inputs, weight.stride(0), memory.data_ptr(), dtype)
         call = LinearArguments(packed=memory.data_ptr(), inputs=inputs, outputs=outputs, dtype=dtype)
         return PackedWeight((memory,), outputs, inputs, weight.dtype, call, library.linear, library.unpack_rows)
