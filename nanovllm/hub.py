@@ -9,6 +9,7 @@ from nanovllm.errors import ModelError
 
 DEMO_MODEL = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo"
+SMALL_DEMO_MODEL = "demo-small"  # with the same tokenizer: it can draft tokens for the other
 
 # What an engine reads of a repository: no pickled weights, no training state, no other framework's files.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*"]
@@ -35,17 +36,18 @@ def resolve_model_path(
     """Return a local folder that holds ``model``; download it if it is a hub id.
 
     Args:
-        model: ``"demo"``, a folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
+        model: ``"demo"`` or ``"demo-small"``, a folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
         weights: False fetches configuration and tokenizer only (``load_format="dummy"``).
 
     Raises:
         ModelError: nothing is found under that name; the message says what was tried.
     """
     name = os.fspath(model)
-    if name == DEMO_MODEL:  # always ours; a folder of that name is ./demo
-        if not (DEMO_PATH / "config.json").is_file():
-            raise ModelError(f"the model in the box is missing from {DEMO_PATH}: reinstall nano-vllm-ascend")
-        return DEMO_PATH
+    if name in (DEMO_MODEL, SMALL_DEMO_MODEL):  # always ours; a folder of that name is ./demo
+        folder = DEMO_PATH if name == DEMO_MODEL else DEMO_PATH.with_name(name)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the model in the box is missing from {folder}: reinstall nano-vllm-ascend")
+        return folder
     path = Path(name).expanduser()
     if path.is_dir():
         return path

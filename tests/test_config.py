@@ -181,5 +181,7 @@ def test_model_names_that_lead_nowhere_say_what_was_tried(tmp_path: Path):
         resolve_model_path("nobody/nothing-at-all", use_modelscope=True)
 
 
-def test_the_demo_is_a_local_folder():
-    assert (resolve_model_path("demo") / "config.json").is_file()
+def test_the_models_in_the_box_are_local_folders_with_one_tokenizer():
+    large, small = (resolve_model_path(name) for name in ("demo", "demo-small"))
+    assert (large / "config.json").is_file() and (small / "config.json").is_file()
+    assert (large / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
