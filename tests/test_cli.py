@@ -240,6 +240,10 @@ def test_one_bad_prompt_of_a_batch_is_named(generate: list[str]):
     assert_is_one_line_error(done, "prompt 2 of 2", "maximum context length is 24")
 
 
+def test_a_refused_prompt_prints_nothing_but_why(generate: list[str]):
+    assert_is_one_line_error(run(*generate, "x", "--max-model-len", "2"), "maximum context length is 2")
+
+
 def test_messages_of_the_engine_are_shown_on_request_only(generate: list[str]):
     options = [*generate, "x", "--max-tokens", "1"]
     assert run(*options, NANOVLLM_LOGGING_LEVEL="").stderr == ""

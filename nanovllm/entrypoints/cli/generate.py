@@ -83,8 +83,10 @@ def _stream(llm: LLM, request: Any, params: SamplingParams) -> None:
         for output in stream(llm, request, params):
             sys.stdout.write(output.outputs[0].text)
             sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")  # also after Ctrl-C: the shell's prompt gets a line of its own
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")  # the shell's prompt gets a line of its own
+        raise
+    sys.stdout.write("\n")
 
 
 def _batch(llm: LLM, prompts: list[str], requests: list[Any], params: SamplingParams, as_json: bool) -> None:
