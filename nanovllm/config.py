@@ -256,7 +256,7 @@ class EngineArgs:
                 enable_prefix_caching=self.enable_prefix_caching is not False,
                 dtype=self.kv_cache_dtype,
             ),
-            scheduler=self._scheduler(max_model_len, platform.overlap),
+            scheduler=self._scheduler(max_model_len, platform.overlap, platform.step_tokens),
             device=platform.device,
             attention_backend=self.attention_backend,
             seed=self.seed or 0,
@@ -402,10 +402,10 @@ class EngineArgs:
         except ValueError:
             raise ParameterError("must be a number of GiB", "VLLM_CPU_KVCACHE_SPACE", legacy) from None
 
-    def _scheduler(self, max_model_len: int, overlap: bool) -> SchedulerConfig:
+    def _scheduler(self, max_model_len: int, overlap: bool, step_tokens: int) -> SchedulerConfig:
         chunked = self.enable_chunked_prefill is not False
         seqs = self.max_num_seqs or min(256, self.max_num_batched_tokens or 256)
-        tokens = self.max_num_batched_tokens or max(4096 if chunked else max_model_len, seqs)
+        tokens = self.max_num_batched_tokens or max(step_tokens if chunked else max_model_len, seqs)
         if tokens < seqs:
             raise ParameterError(
                 f"must be at least max_num_seqs={seqs}: every running request decodes one token per step",

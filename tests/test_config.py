@@ -131,6 +131,7 @@ def test_the_legacy_variable_sizes_the_cache(tmp_path: Path, monkeypatch: pytest
 def test_limits_of_a_step_fit_together(tmp_path: Path):
     path = folder(tmp_path)
     assert build(path).scheduler.max_num_batched_tokens >= build(path).scheduler.max_num_seqs
+    assert build(path, device="cpu").scheduler.max_num_batched_tokens == 1024
     small = build(path, max_num_batched_tokens=16).scheduler
     assert (small.max_num_seqs, small.max_num_batched_tokens) == (16, 16)
     assert build(path, enable_chunked_prefill=False).scheduler.max_num_batched_tokens >= 4096

@@ -18,12 +18,14 @@ class Accelerator:
         memory_utilization: share of the device's whole memory that this process takes by default; what others use of
             it is respected.
         block_size: tokens in a block of the KV cache, by default.
+        step_tokens: most tokens in a step, by default.
     """
 
     device: str
     overlap = True
     memory_utilization = 0.92
     block_size = 16
+    step_tokens = 4096
 
     def load(self) -> None:
         """Make torch know the device; called once, where the model runs."""
