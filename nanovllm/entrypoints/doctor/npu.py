@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,6 @@ from nanovllm.entrypoints.doctor.ascend_versions import (
 from nanovllm.entrypoints.doctor.findings import Finding, ok, problem, warning
 
 _DOCKER = "in Docker: " + " ".join(f"--device /dev/{name}" for name in ("davinci0", *ascend.DEVICE_SERVICES))
-_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[.\d]*): cannot open shared object file")
 
 
 def check_npu(wanted: bool, torch_version: str | None) -> Iterator[Finding]:
@@ -175,11 +173,13 @@ def check_import() -> Iterator[Finding]:
                 f"npu-smi info must list one, and ASCEND_RT_VISIBLE_DEVICES must not hide it; {_DOCKER}",
             )
         return
-    named = _LIBRARY.findall(answer.log)
+    named = probes.missing_libraries(answer.log)
     missing = list(dict.fromkeys([*named, *(ascend.missing_libraries() if named else [])]))
     if missing:
-        for library in missing:
-            yield problem("import torch_npu", f"{library}: not found", _remedy_for(library))
+        remedies = [_remedy_for(library) for library in missing]
+        for remedy in dict.fromkeys(remedies):
+            names = [library for library, its in zip(missing, remedies, strict=True) if its == remedy]
+            yield problem("import torch_npu", f"{', '.join(names)}: not found", remedy)
     elif "undefined symbol" in answer.log:
         yield problem("import torch_npu", answer.failure, f"the versions above do not go together; {INSTALL}")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def ask(code: str, autoload: bool = False, timeout: float = 120) -> Answer:
         return Answer(dict(json.loads(done.stdout.strip().splitlines()[-1])), "", done.stderr)
     except (IndexError, TypeError, ValueError):
         return Answer(None, f"answered with something else: {done.stdout[-200:]!r}", done.stderr)
+
+
+def missing_libraries(log: str) -> list[str]:
+    """Names of the shared libraries that the loader says it cannot find."""
+    return re.findall(r"(lib[\w.+-]+\.so[.\d]*): cannot open shared object file", log)
 
 
 def _failure(code: int, stderr: str) -> str:
