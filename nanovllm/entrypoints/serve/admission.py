@@ -145,8 +145,9 @@ class Admission:
             raise self._full("requests", message, ticket, now)
 
     def _check_tokens(self, ticket: Ticket, now: float) -> None:
+        """Whether prompts may be queued. Those of the same request do not keep each other out."""
         limit = self._args.max_num_queued_tokens
-        waiting = self._engine.output.num_prefill_tokens
+        waiting = self._engine.output.num_prefill_tokens - ticket.num_prompt_tokens
         if limit and waiting >= limit:
             message = (
                 f"{waiting} tokens of prompts have to be computed first, of at most {limit} (--max-num-queued-tokens)"
@@ -177,6 +178,7 @@ class Ticket(Caller):
     Attributes:
         account: its tenant's; None without a file of tenants.
         num_places: outputs it is counted as.
+        num_prompt_tokens: of its prompts that were queued.
     """
 
     def __init__(self, admission: Admission, account: Account | None, deadline: float | None) -> None:
@@ -184,7 +186,7 @@ class Ticket(Caller):
         self._holders = 1
         self.account = account
         self.deadline = deadline
-        self.num_places = 0
+        self.num_places = self.num_prompt_tokens = 0
         if account is not None:
             self.tenant, self.weight = account.tenant.name, account.tenant.weight
 
@@ -214,6 +216,7 @@ class Ticket(Caller):
         """A prompt is about to be queued."""
         now = time.monotonic()
         self._admission._check_tokens(self, now)
+        self.num_prompt_tokens += num_prompt_tokens
         if self.account is not None:
             self.account.use(num_prompt_tokens, 0, now)
 
