@@ -152,8 +152,7 @@ def test_a_task_update_brings_new_lengths(schedule: str, forgotten: str) -> None
         if forgotten == "record":
             with refused("would DEADLOCK"):
                 torch.npu.synchronize()
-            event.record(update_stream)
-            continue
+            return
         found = step.out.cpu()
         assert torch.equal(found, step.expected(lengths)) == (forgotten == "")
 

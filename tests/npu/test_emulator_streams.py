@@ -94,9 +94,20 @@ def test_waiting_for_what_never_happens_is_an_error(schedule: str) -> None:
         x.add_(1)
     with refused("would DEADLOCK"):
         stream.synchronize()
+    assert x.add_(5).item() == 5, "what waited is dropped, the device works on"
+
+
+@pytest.mark.parametrize("schedule", [pytest.param("eager", marks=eager), pytest.param("lazy", marks=lazy)])
+def test_an_external_event_may_be_waited_for_before_it_is_recorded(schedule: str) -> None:
+    event, stream, x = torch.npu.ExternalEvent(), torch.npu.Stream(), npu(torch.zeros(1))
+    torch.npu.synchronize()
+    with torch.npu.stream(stream):
+        event.wait(stream)
+        x.mul_(3)
+    x.add_(1)
     event.record(torch.npu.current_stream())
     stream.synchronize()
-    assert x.item() == 1
+    assert x.item() == 3
 
 
 @eager

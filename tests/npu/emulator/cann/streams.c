@@ -3,7 +3,7 @@
  * Two schedules. Eager (the default): a task runs when it is submitted, unless its stream waits for something. Lazy
  * (EMULATED_NPU_LAZY=1): nothing runs before somebody synchronises, and then streams take turns in an order drawn from
  * EMULATED_NPU_SEED, no further than the synchronisation needs. An ordering that only luck provided shows as a wrong
- * answer. A synchronisation that nothing could ever satisfy is an error instead of a hang.
+ * answer. A synchronisation that nothing could ever satisfy is an error instead of a hang; the waiting tasks are dropped.
  */
 #include "emulated.h"
 #include <time.h>
@@ -144,16 +144,32 @@ static int somebody_busy(void) {
     return 0;
 }
 
+/* What a device does with streams that never get on: their tasks are dropped, and it works on. */
+static void give_up(void) {
+    for (Stream *stream = all_streams; stream; stream = stream->next) {
+        while (stream->head) {
+            Node *node = stream->head;
+            stream->head = node->next;
+            if (node->replay_of) node->replay_of->pending--;
+            release_task(node->task);
+            free(node);
+        }
+        stream->tail = NULL;
+    }
+}
+
 /* Runs tasks until done(what). Reports the error of a stream that was synchronised with. */
 static aclError run_until(int (*done)(const void *), const void *what, const char *name) {
     while (!done(what)) {
         Stream *stream = pick_ready();
         if (stream) step(stream);
         else if (somebody_busy()) pthread_cond_wait(&state_changed, &state_lock);
-        else
+        else {
+            give_up();
             return fail(ACL_ERROR_RT_TASK_TIMEOUT,
                         "%s would DEADLOCK: every stream with tasks left waits for an event or value that nothing "
                         "submitted so far will set (was event.record() or the graph's task update forgotten?)", name);
+        }
     }
     return ACL_SUCCESS;
 }
