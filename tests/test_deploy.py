@@ -252,9 +252,9 @@ def test_queries_name_only_metrics_and_labels_there_are():
     answer = shared_server().client.get("/metrics").text
     series = set(re.findall(r"^([a-z0-9_:]+)[{ ]", answer, re.MULTILINE))
     for query in [*queries(), *alerts()]:
-        named = set(re.findall(r"\b(?:vllm:|process_)[a-z0-9_]+", query))
+        named = set(re.findall(r"\b(?:vllm:|nanovllm:(?!tenant_)|process_)[a-z0-9_]+", query))
         assert named <= series or query.startswith("up"), named - series
-    labels = set(re.findall(r'(\w+)="', answer)) | {"instance", "job"}
+    labels = set(re.findall(r'(\w+)="', answer)) | {"instance", "job", "tenant"}  # the last if there are tenants
     for query in [*queries(), *alerts()]:
         used = re.findall(r"(\w+)=~?\"", query) + [
             label for group in re.findall(r"\b(?:by|on) \(([\w, ]+)\)", query) for label in group.split(", ")
