@@ -75,6 +75,14 @@ def test_serve_overhead(tmp_path: Path):
         assert 0 < delay["p50"] <= delay["p99"]
 
 
+def test_metrics_scrape(tmp_path: Path):
+    results = run_benchmark("metrics_scrape", tmp_path / "out.json", "--streams", "0", "3", "--scrapes", "4")
+    idle, busy = results["rows"]
+    assert (idle["live"], busy["live"]) == (0, 3) and idle["tokens_per_s"] == 0 < busy["tokens_per_s"]
+    for row in (idle, busy):
+        assert row["inside_ms"] > 0 and 0 < row["p50_ms"] <= row["p95_ms"] <= row["max_ms"]
+
+
 def test_online(tmp_path: Path):
     results = run_benchmark("online", tmp_path / "out.json", "--shape", "tiny", "--scale", "0.05")
     assert list(results["figures"]) == ["nanovllm"] and results["ready_after"]["nanovllm"][0] > 0
