@@ -37,11 +37,14 @@ class Served:
         url: such as ``http://127.0.0.1:1234``.
         client: sends requests to it.
         process: the server.
+        prefix: a program that starts it.
     """
+
+    prefix: tuple[str, ...] = ()
 
     def __init__(self, options: tuple[str, ...], environment: dict[str, str]) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "nanovllm", "serve", *options]
+        command = [*self.prefix, sys.executable, "-m", "nanovllm", "serve", *options]
         if "--port" not in options and "--uds" not in options:
             command += ["--host", "127.0.0.1", "--port", "0"]
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "NANOVLLM_LOGGING_LEVEL": "INFO", **environment}

@@ -58,6 +58,38 @@ def test_a_killed_engine_is_started_again_as_often_as_was_asked():
         asyncio.run(main(llm))
 
 
+def test_requests_without_a_token_outlive_their_engine_once():
+    async def main(llm: AsyncLLM) -> None:
+        running = await streams_in_flight(llm, 2)
+        waiting = [asyncio.create_task(collect(llm, str(i))) for i in range(3)]
+        while llm.stats.num_waiting < 3:
+            await asyncio.sleep(0.001)
+        os.kill(child_pid(llm), signal.SIGKILL)
+        results = await asyncio.gather(*running, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results)
+        for outputs in await asyncio.gather(*waiting):
+            assert len(outputs[-1].outputs[0].token_ids) == 8
+        assert llm.stats.num_retries == 3
+        await quiet(llm)
+
+        running = await streams_in_flight(llm, 2)
+        again = [asyncio.create_task(collect(llm, f"again {i}")) for i in range(3)]
+        while llm.stats.num_waiting < 3:
+            await asyncio.sleep(0.001)
+        for _ in range(2):  # the second time while it loads
+            pid = child_pid(llm)
+            os.kill(pid, signal.SIGKILL)
+            while child_pid(llm) == pid:
+                await asyncio.sleep(0.001)
+        results = await asyncio.gather(*running, *again, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results)
+        assert (await collect(llm, "new"))[-1].finished
+        await quiet(llm)
+
+    with engine("slow", max_restarts=3, max_num_seqs=2) as llm:
+        asyncio.run(main(llm))
+
+
 def test_requests_that_wait_for_the_engine_outlive_its_restarts():
     async def main(llm: AsyncLLM) -> None:
         await llm.ready()

@@ -116,16 +116,18 @@ def test_requests_are_counted(llm: AsyncLLM):
     assert value("iteration_tokens_total_sum") >= 55
 
 
-def test_a_failed_step_counts_as_errors():
+def test_faults_retries_and_errors_are_counted():
     from nanovllm.errors import EngineGenerateError
 
-    llm = AsyncLLM(engine_config(), FakeExecutor(num_blocks=200, failing_steps=frozenset({2})))
+    llm = AsyncLLM(engine_config(), FakeExecutor(num_blocks=200, failing_steps=frozenset(range(2, 6))))
 
     async def work() -> None:
         with pytest.raises(EngineGenerateError):
             await ask(llm, "a", [1, 2])
+        await ask(llm, "b", [1, 2])
 
     assert metrics_after(llm, work())("request_success_total", finished_reason="error") == 1
+    assert llm.stats.faults["step_failed"] == 4 and llm.stats.num_retries == 3
     llm.shutdown()
 
 

@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -216,7 +216,9 @@ class AsyncLLM(EngineFace):
                 await self.abort(request_id)
             else:
                 self.stats.add(ids, arrival)
-                self._core.send(Add(request_id, prepared, self._next_seed(), priority, caller.tenant, caller.weight))
+                command = Add(request_id, prepared, self._next_seed(), priority, caller.tenant, caller.weight)
+                stream.command = command
+                self._core.send(command)
             if caller.deadline is not None:
                 seconds = caller.deadline - time.monotonic()
                 timer = asyncio.get_running_loop().call_later(seconds, self._expire, request_id, ids)
@@ -390,14 +392,25 @@ class AsyncLLM(EngineFace):
             self._core.send(Finish(stopped, "stop"))
 
     def _bury(self, death: Died) -> None:
-        """The core has died: its requests end, and another one is started if that may help."""
+        """The core has died: another one is started if that may help, and told of requests that have had nothing yet.
+
+        Each is told of once more only, for it may be what the core has died of. The others end.
+        """
         self._ready = False
         self.viewers.show(LOST)
         if self._was_ready or not isinstance(death.error, ValueError):  # what users can mend, `ready` tells them
             logger.error("The engine has died: %s", death.error)
             self.stats.fault("engine_died")
-        self._end_all(EngineDeadError(f"the engine has stopped: {death.error}"))
+        error = EngineDeadError(f"the engine has stopped: {death.error}")
         self.stats.reset()
+        if self._restart():
+            self._end_all(error, but=self._retry())
+        else:
+            self._end_all(error)
+            self._wake_ready()
+
+    def _restart(self) -> bool:
+        """Start another core in place of one that has died, if that may help."""
         now = time.monotonic()
         while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
             self._deaths.popleft()
@@ -408,15 +421,27 @@ class AsyncLLM(EngineFace):
             try:
                 self._core = self._core.again()
                 self._core.listen(self._loop, self._receive)
-                return
+                return True
             except OSError:
                 logger.exception("It cannot be started.")
-        self._wake_ready()
+        return False
 
-    def _end_all(self, error: EngineDeadError) -> None:
+    def _retry(self) -> set[str]:
+        """Tell a new core of the requests that have had nothing yet, and not been told of before; their ids."""
+        retried = set()
+        for request_id, stream in self._streams.items():
+            command, stream.command = stream.command, None
+            if command is not None and self.output.is_untouched(request_id):
+                self.stats.add(child_ids(request_id, command.input.params.n), self.output.arrival_ts(request_id))
+                self.stats.num_retries += 1
+                self._core.send(command)
+                retried.add(request_id)
+        return retried
+
+    def _end_all(self, error: EngineDeadError, but: Collection[str] = ()) -> None:
         """End what the core was working on; requests that are still being prepared find out by themselves."""
         for request_id, stream in self._streams.items():
-            if self.output.has(request_id):
+            if self.output.has(request_id) and request_id not in but:
                 stream.close(error)
         for reply in self._replies.values():
             if not reply.done():

@@ -226,6 +226,17 @@ class OutputProcessor:
         request = self._requests.get(request_id)
         return request is not None and request.unfinished > 0
 
+    def arrival_ts(self, request_id: str) -> float:
+        """When a request has arrived, in seconds of the monotonic clock."""
+        return self._requests[request_id].stats.arrival_ts
+
+    def is_untouched(self, request_id: str) -> bool:
+        """Whether the engine has said nothing yet of a request's outputs."""
+        request = self._requests.get(request_id)
+        if request is None or request.unfinished < len(request.child_ids):
+            return False
+        return not request.stats.first_token_ts and request.prompt_logprobs in (None, [None])
+
     def is_due(self, request_id: str) -> bool:
         """Whether there is something to hand out."""
         request = self._requests.get(request_id)

@@ -32,6 +32,8 @@ Array = np.ndarray[Any, Any]
 
 _place = attrgetter("place")
 
+REGROWTH = 33 / 32  # of the tokens in a step after memory ran out, for every step that yields any
+
 
 class Scheduler:
     """Decides what each step computes.
@@ -60,7 +62,7 @@ class Scheduler:
         self._num_arrived = 0
         self._num_steps = 0
         self._pressed = False  # in this step, blocks ran short for a running request
-        self._most_tokens = config.max_num_batched_tokens  # in a step; less for a while after memory ran out
+        self._most_tokens: float = config.max_num_batched_tokens  # in a step; fewer for a while after memory ran out
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -135,10 +137,11 @@ class Scheduler:
 
     def _plan_all(self, plan: StepPlan) -> None:
         """Running requests, then newcomers."""
-        if self._most_tokens < self.config.max_num_batched_tokens:
-            budget = self._plan_chunks(plan, self._most_tokens, self._unfinished(self.running))
+        budget = int(self._most_tokens)
+        if budget < self.config.max_num_batched_tokens:
+            budget = self._plan_chunks(plan, budget, self._unfinished(self.running))
         else:
-            budget, chunks = self._plan_decodes(plan, self._most_tokens)
+            budget, chunks = self._plan_decodes(plan, budget)
             budget = self._plan_chunks(plan, budget, chunks)
         if not self._pressed and not self.suspects:  # whoever runs goes before newcomers in getting blocks
             self._plan_waiting(plan, budget)
@@ -146,7 +149,7 @@ class Scheduler:
     def _plan_suspects(self, plan: StepPlan) -> None:
         """Those on trial, and nobody else. None of them, if others that run have to leave them blocks first."""
         group = self.suspects.group
-        budget = self._plan_chunks(plan, self._most_tokens, self._unfinished(group))
+        budget = self._plan_chunks(plan, int(self._most_tokens), self._unfinished(group))
         for request in group:
             if request.status == RequestStatus.WAITING and budget > 0 and not self._pressed and self._free_rows:
                 count = self._admit(request, plan, budget)
@@ -365,8 +368,8 @@ class Scheduler:
                 self.suspects.clear(request)
         if any_finished:
             self._drop_finished()
-            if self._most_tokens < self.config.max_num_batched_tokens:  # more again, but never without progress
-                self._most_tokens = min(self._most_tokens * 9 // 8 + 1, self.config.max_num_batched_tokens)
+        if self._most_tokens < self.config.max_num_batched_tokens and outputs:  # more again, but never without progress
+            self._most_tokens = min(self._most_tokens * REGROWTH, self.config.max_num_batched_tokens)
         return outputs
 
     def _pool(self, request: Request, vector: Array) -> EngineOutput:

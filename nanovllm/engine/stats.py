@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 10.0  # seconds
 # A step raised; memory did not suffice for one; the engine's process ended by itself; a client was left because it took
-# nothing, or sent nothing, for too long.
-FAULTS = ("step_failed", "out_of_memory", "engine_died", "client_stalled")
+# nothing, or sent nothing, for too long; a connection was refused because there were too many.
+FAULTS = ("step_failed", "out_of_memory", "engine_died", "client_stalled", "connections_full")
 
 
 @dataclass(slots=True)

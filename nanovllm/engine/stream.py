@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nanovllm.engine.messages import Add
     from nanovllm.engine.output import AnyOutput
 
 
@@ -14,12 +15,14 @@ class Stream:
 
     Attributes:
         end: the last word, an output or why there is none; None while the `OutputProcessor` has the outputs.
+        command: what the core was told, as long as another core may be told the same.
     """
 
-    __slots__ = ("_waiter", "end")
+    __slots__ = ("_waiter", "command", "end")
 
     def __init__(self) -> None:
         self.end: AnyOutput | BaseException | None = None
+        self.command: Add | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def close(self, end: AnyOutput | BaseException) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -31,6 +33,7 @@ COMMANDS = {
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 EXIT_CLOSED_PIPE = 128 + 13  # and SIGPIPE
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_CLOSED_PIPE
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        _drop_output()
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"nanovllm: error: {where}{error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _drop_output() -> None:
+    """Python flushes standard output once more at exit; give it somewhere to go."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:

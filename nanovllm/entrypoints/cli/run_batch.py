@@ -17,7 +17,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -262,8 +262,13 @@ class _Output:
 
     def write(self, line: str) -> None:
         """Add a line."""
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UsageError(f"--output-file {self._part or self._name}: {error.strerror}") from None
         self._count += 1
 
     def finish(self) -> int:
@@ -284,7 +289,8 @@ class _Output:
         """The run has ended early."""
         if self._part is None:
             return
-        self._file.close()
+        with suppress(OSError):  # what was not written is not counted
+            self._file.close()
         if self._count:
             say(f"{self._count} answers are in {self._part}")
         else:

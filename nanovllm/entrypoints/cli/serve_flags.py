@@ -37,6 +37,7 @@ SERVE_HELP: dict[str, dict[str, str]] = {
         "max_num_queued_reqs": "most requests under way, waiting or running; others get a 503. 0: no limit",
         "max_num_queued_tokens": "most prompt tokens that wait for a first token; new requests get a 503. 0: no limit",
         "request_timeout": "seconds that a request may take, if its X-Request-Timeout is no shorter; 0: no limit",
+        "client_timeout": "seconds a client may take to send its request, or take nothing of its answer; 0: no limit",
         "max_request_body_size": "most bytes of a request's body",
         "allowed_origins": 'JSON list of web pages\' origins that may call, such as ["*"] (default: none)',
         "allowed_methods": "JSON list",

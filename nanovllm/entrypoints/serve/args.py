@@ -52,6 +52,7 @@ class ServeArgs:
     max_num_queued_reqs: int = 0
     max_num_queued_tokens: int = 0
     request_timeout: float = 0.0
+    client_timeout: float = 300.0
     middleware: list[str] = field(default_factory=list)
     root_path: str | None = None
     ssl_keyfile: str | None = None
@@ -70,7 +71,7 @@ class ServeArgs:
         if not 0 <= self.port < 65536:
             raise ParameterError("must be in 0..65535; 0 takes a free one", "port", self.port)
         for name in ("sse_keep_alive_interval", "shutdown_timeout", "max_request_body_size", "max_engine_restarts",
-                     "max_num_queued_reqs", "max_num_queued_tokens", "request_timeout"):  # fmt: skip
+                     "max_num_queued_reqs", "max_num_queued_tokens", "request_timeout", "client_timeout"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ParameterError("must not be negative", name, getattr(self, name))
         if self.tenants is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Coroutine
@@ -13,6 +14,8 @@ from nanovllm.errors import ParameterError
 
 Result = TypeVar("Result")
 
+MOST_FILES = 1 << 16  # open at once, where the system sets no limit
+
 
 def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
     """Run ``main`` on uvloop's event loop where there is one."""
@@ -22,6 +25,21 @@ def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run(main)
     result: Result = uvloop.run(main)
     return result
+
+
+def raise_file_limit() -> int | None:
+    """Let this process have as many files open as it may; the number, None where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, MOST_FILES)
+    if soft not in (wanted, resource.RLIM_INFINITY):
+        with contextlib.suppress(OSError, ValueError):  # some systems promise more than they give
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def bind(args: ServeArgs) -> socket.socket:

@@ -173,7 +173,7 @@ class MetricsObserver(Collector):
         yield self._counter("prefix_cache_hits", "Tokens of prompts found in the prefix cache.", hits)
         text = "Requests put back into the queue, to be computed again."
         yield self._counter("num_preemptions", text, stats.num_preemptions)
-        text = "Requests computed again because their step raised."
+        text = "Requests computed again because their step raised, or their engine died."
         yield CounterMetricFamily("nanovllm:request_retries", text, stats.num_retries)
         family = CounterMetricFamily("nanovllm:faults", "Faults that were met, by what it was.", labels=["fault"])
         for name, count in stats.faults.items():

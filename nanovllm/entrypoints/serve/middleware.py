@@ -12,6 +12,7 @@ from nanovllm.entrypoints.serve import inspector
 from nanovllm.entrypoints.serve.admission import GENERATING, Admission, digest
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import ServeError, as_serve_error
+from nanovllm.entrypoints.serve.memory import GiveBack
 from nanovllm.errors import ParameterError
 
 # Open without a key: they neither run the model nor tell of its users.
@@ -109,6 +110,7 @@ class LimitBody:
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
         self._limit = limit
+        self._memory = GiveBack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -120,6 +122,7 @@ class LimitBody:
                 await self._error().response(scope["path"])(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
+                self._memory.dealt_with(int(length))
             return
         received, refused = 0, False
 
@@ -139,6 +142,7 @@ class LimitBody:
                 await send(message)
 
         await self.app(scope, counted, unless_refused)
+        self._memory.dealt_with(received)
 
     def _error(self) -> ServeError:
         return ServeError(413, f"the body is larger than {self._limit} bytes (--max-request-body-size)")

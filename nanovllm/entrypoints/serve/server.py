@@ -16,7 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanovllm.entrypoints.serve.args import ServeArgs
-from nanovllm.entrypoints.serve.listener import address
+from nanovllm.entrypoints.serve.connections import ACCEPTED_AT_ONCE, Connections
+from nanovllm.entrypoints.serve.listener import address, raise_file_limit
 
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
@@ -25,16 +26,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_DEAD = 70  # "internal software error" of sysexits.h
-TICK = 1.0  # seconds between looks at the engine and the clock
+TICK = 1.0  # seconds between looks at the engine, the clients and the clock
+BACKLOG = 4096  # connections that wait to be accepted; the kernel may allow fewer (net.core.somaxconn)
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, woken by signals instead of asking for them ten times a second."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncLLM, context: ServeContext) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncLLM, context: ServeContext, connections: Connections
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._context = context
+        self._connections = connections
         self._wake = asyncio.Event()
 
     def stop(self) -> None:
@@ -49,13 +54,17 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections, and say so."""
+        asyncio.get_running_loop().set_exception_handler(self._connections.judge)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
         logger.info("Application startup complete.")
 
     async def main_loop(self) -> None:
         """Until `stop` is called or the engine dies."""
         while not self.should_exit and not self._engine.errored:
             await self.on_tick(0)  # the Date header
+            self._connections.look(self.server_state.connections)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK)
 
@@ -94,7 +103,8 @@ async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
     """
     context: ServeContext = app.state.context
     args = context.args
-    server = Server(_uvicorn_config(app, args), engine, context)
+    connections = Connections(engine.stats, args.client_timeout, raise_file_limit())
+    server = Server(_uvicorn_config(app, args, connections), engine, context, connections)
     logging.getLogger("uvicorn").handlers = logging.getLogger("nanovllm").handlers.copy()
     gc.collect()
     gc.freeze()
@@ -112,9 +122,11 @@ async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
     return 0
 
 
-def _uvicorn_config(app: FastAPI, args: ServeArgs) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, args: ServeArgs, connections: Connections) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=connections.protocol(),
+        backlog=ACCEPTED_AT_ONCE,  # asyncio takes so many at a time
         lifespan="off",
         ws="none",
         log_config=None,
