@@ -162,6 +162,40 @@ def preemption(setup: Setup) -> dict[str, Any]:
     return {"passed": different == 0, "requests": len(prompts), "different": different}
 
 
+def out_of_memory(setup: Setup) -> dict[str, Any]:
+    """Somebody else takes nearly all memory that is left: steps become smaller, and requests give the same tokens."""
+    draw = random.Random(4)
+    prompts = [[draw.randrange(3, 5000) for _ in range(setup.few(2000, 40))] for _ in range(8)]
+    params = fixed(setup.few(16, 4))
+    with setup.engine(
+        dtype="float32", max_num_seqs=8, enable_prefix_caching=False, num_gpu_blocks_override=1200
+    ) as llm:
+        wanted = generate(llm, prompts, params)
+        runner = llm.llm_engine.core.executor._runner
+        recover, forward, count = runner.recover, runner.forward, 0
+
+        def counted() -> None:
+            nonlocal count
+            count += 1
+            recover()
+
+        def limited(input_ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            if input_ids.shape[0] > 50:
+                raise torch.OutOfMemoryError("out of memory")
+            return forward(input_ids, *arguments)
+
+        runner.recover = counted
+        if setup.on_gpu:
+            free_memory()
+            taken = torch.empty(max(0, torch.cuda.mem_get_info()[0] - (256 << 20)), dtype=torch.uint8, device="cuda")
+        else:
+            runner.forward, taken = limited, None
+        found = generate(llm, prompts, params)
+        del taken, runner
+    free_memory()
+    return {"passed": found == wanted and count > 0, "steps without memory": count}
+
+
 def abort(setup: Setup) -> dict[str, Any]:
     """Requests aborted while two steps are in flight: the others give the tokens they give alone, blocks come back."""
     prompts = [[7 * i + j for j in range(20)] for i in range(8)]
@@ -237,6 +271,7 @@ CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "graphs": graphs,
     "prefix_cache": prefix_cache,
     "preemption": preemption,
+    "out_of_memory": out_of_memory,
     "abort": abort,
     "waiting": waiting,
 }

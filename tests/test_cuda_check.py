@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--quick"]
-PARTS = ["prefix_cache", "abort", "measured_limits", "attention", "nano_vllm_bench", "single_stream", "prefill",
-         "batch_sweep"]  # fmt: skip
+PARTS = ["prefix_cache", "out_of_memory", "abort", "measured_limits", "attention", "nano_vllm_bench", "single_stream",
+         "prefill", "batch_sweep"]  # fmt: skip
 
 
 def test_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(output.read_text())
     assert results["device"] and results["quick"] and results["machine"]["versions"]["torch"]
-    assert all(results["checks"][name]["passed"] for name in ("prefix_cache", "abort"))
+    assert all(results["checks"][name]["passed"] for name in ("prefix_cache", "out_of_memory", "abort"))
     bench = results["nano_vllm_bench"]
     assert bench["output_tokens_per_s"] > 0 and bench["ratio_to_nano_vllm"] is None
     share = bench["output_tokens_per_s"] / bench["limit_tokens_per_s"]
