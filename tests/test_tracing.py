@@ -400,7 +400,9 @@ def test_grpc_is_the_default(protocol: str | None, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
-def test_a_collector_that_is_gone_does_not_hold_up_the_end(protocol: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_collector_that_is_gone_does_not_hold_up_the_end_nor_fill_the_log(
+    protocol: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setattr(otlp, "FLUSH_LIMIT", 0.5)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -410,6 +412,7 @@ def test_a_collector_that_is_gone_does_not_hold_up_the_end(protocol: str, monkey
         tracer.start_span("lost").end()
         start = time.monotonic()
     assert time.monotonic() - start < 4.0  # the exporter alone would try for ten seconds
+    assert {record.levelname for record in caplog.records} <= {"ERROR"} and len(caplog.records) <= 1
 
 
 # -- asking for it ----------------------------------------------------------------------------------------------------

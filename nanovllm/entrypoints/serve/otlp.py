@@ -58,6 +58,7 @@ def open_tracer(endpoint: str | None) -> Iterator[Tracer | None]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     logging.getLogger("opentelemetry").handlers = logging.getLogger("nanovllm").handlers.copy()
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)  # batches given up, not every attempt
     exporter = _make_exporter(endpoint)
     named = Resource.create({SERVICE_NAME: "nanovllm"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=named, shutdown_on_exit=False)
