@@ -14,7 +14,7 @@ from nanovllm.ops.metadata import AttentionMetadata
 
 Array = np.ndarray[Any, Any]
 Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]  # input_ids, positions, meta -> hidden states
-# num_blocks, block_size, kv_heads, head_dim, dtype, device -> keys or values of a layer, blocks first; uninitialised.
+# num_blocks, block_size, kv_heads, head_dim, dtype, device -> keys or values of a layer, blocks first; block 0 is zero.
 NewCache = Callable[[int, int, int, int, torch.dtype, torch.device], Tensor]
 # logits float32 [S, V], then arrays [S]: temperature (0: greedy), top_k (0: off), top_p, min_p, seeds uint64, positions
 # -> tokens int64 [S]. The meaning is that of runner/choice.py.

@@ -91,24 +91,21 @@ def allocate(
     written. The padding block is the exception.
     """
     new_cache = model.ops.new_cache or _plain_cache
-    caches = []
-    for _ in range(model.num_layers if num_layers is None else num_layers):
-        k_cache, v_cache = (
-            new_cache(num_blocks, block_size, model.num_kv_heads, model.head_dim, model.kv_dtype, device)
-            for _ in range(2)
-        )
-        for cache in (k_cache, v_cache):
-            if device.type == "cpu":
-                advise_huge_pages(cache)
-            cache[0].zero_()
-        caches.append((k_cache, v_cache))
-    return caches
+    shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
+    layers = model.num_layers if num_layers is None else num_layers
+    return [
+        (new_cache(*shape, model.kv_dtype, device), new_cache(*shape, model.kv_dtype, device)) for _ in range(layers)
+    ]
 
 
 def _plain_cache(
     num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    return torch.empty((num_blocks, block_size, kv_heads, head_dim), dtype=dtype, device=device)
+    cache = torch.empty((num_blocks, block_size, kv_heads, head_dim), dtype=dtype, device=device)
+    if device.type == "cpu":
+        advise_huge_pages(cache)
+    cache[0].zero_()
+    return cache
 
 
 def log_size(config: EngineConfig, num_blocks: int, num_bytes: int) -> None:

@@ -92,7 +92,7 @@ class Atlas310P:
     ) -> Tensor:
         """Keys or values of a layer, in tiles."""
         shape = (num_blocks, kv_heads * head_dim // _TILE, block_size, _TILE)
-        return self._library.to_tiles(torch.empty(shape, dtype=dtype, device=device))
+        return self._library.to_tiles(torch.zeros(shape, dtype=dtype, device=device))
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """See ``reference.silu_and_mul``."""

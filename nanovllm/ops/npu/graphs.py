@@ -14,6 +14,7 @@ meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,8 @@ class NpuCapture:
 
     def __init__(self, attention: FusedAttention) -> None:
         self._attention = attention
-        self._pool = torch.npu.graph_pool_handle()
-        self._stream = torch.npu.Stream()
-        self._replayed: torch.npu.Event | None = None  # the last replay has run
+        self._resources: tuple[Any, Any] | None = None  # memory pool, and the stream that is recorded
+        self._replayed: Any = None  # event: the last replay has run
 
     def __call__(self, work: Work, plan: FusedPlan) -> tuple[Callable[[], None], Tensor]:
         """See `Capture`. ``work`` runs once before it is recorded, so that nothing is made or chosen meanwhile.
@@ -37,29 +37,39 @@ class NpuCapture:
         Raises:
             CaptureError: the device cannot record this, or no more of it.
         """
-        self._stream.wait_stream(torch.npu.current_stream())
-        with torch.npu.stream(self._stream):
-            work()
-        torch.npu.current_stream().wait_stream(self._stream)
+        work()
         if not self._attention.recordable:
             raise CaptureError("npu: attention in plain torch cannot be recorded")
-        graph = torch.npu.NPUGraph()
         try:
-            with torch.npu.graph(graph, pool=self._pool, stream=self._stream, auto_dispatch_capture=True):
-                result = work()
+            graph, result = self._record(work)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise CaptureError(f"npu: a graph could not be recorded ({first}); streams may be used up") from error
+            raise CaptureError(f"npu: a graph could not be recorded ({_reason(error)})") from error
+        if self._replayed is None:
+            self._replayed = torch.npu.Event()
 
         def replay() -> None:
-            if self._replayed is None:
-                self._replayed = torch.npu.Event()
-            else:
-                self._replayed.synchronize()
+            self._replayed.synchronize()  # at once, if it was never recorded
             graph.replay()
             self._replayed.record()
             graph.update(cpu_update_input=[{"actual_seq_lengths_kv": plan.kv_lengths}])
 
         return replay, result
+
+    def _record(self, work: Work) -> tuple[Any, Tensor]:
+        if self._resources is None:
+            self._resources = torch.npu.graph_pool_handle(), torch.npu.Stream()
+        pool, stream = self._resources
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph, pool=pool, stream=stream, auto_dispatch_capture=True):
+            result = work()
+        return graph, result
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of an error of torch_npu that says what is wrong; the first is where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(word in str(error) for word in ("207005", "207008", "tream resource")):
+        return "the device has no streams left, of which every graph takes some"
+    return lines[0] if lines else "no reason given"
