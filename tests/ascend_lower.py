@@ -1,22 +1,24 @@
 """Lower the fused operator with triton-ascend as far as that goes without CANN: ``python tests/ascend_lower.py SITE``.
 
-SITE is a folder of its own for triton-ascend, which owns the name ``triton`` and must not meet another one:
-
-    pip install --target SITE --no-deps triton-ascend==3.2.0
-    pip install --target SITE pybind11 attrs decorator psutil scipy pyyaml
-
-Prints a JSON list: per shape and dtype the mix mode ("aiv": vector cores alone), how many loads and stores go element
-by element, and the bytes of the largest tensor in a core's own memory.
+SITE is a folder of its own for triton-ascend, which owns the name ``triton`` and must not meet another one; `install`
+fills it. Prints a JSON list: per shape and dtype the mix mode ("aiv": vector cores alone), how many loads and stores go
+element by element, and the bytes of the largest tensor in a core's own memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("triton-ascend==3.2.0", "pybind11")
+SITE = ROOT / "build" / "triton-ascend-3.2.0"
 WIDTH = {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i1": 1, "i8": 1}
 TRITON_NAMES = {"bf16": "*bf16", "fp16": "*fp16"}
 SHAPES = {  # heads, KV heads, head_dim, norms
@@ -26,10 +28,27 @@ SHAPES = {  # heads, KV heads, head_dim, norms
 }
 
 
+def install() -> str | None:
+    """Make `SITE` (54 MB from PyPI, once); why that is not possible, or None."""
+    if SITE.is_dir():
+        return None
+    if os.environ.get("NANOVLLM_NPU_DOWNLOAD", "1") == "0":
+        return f"no triton-ascend in {SITE}, and NANOVLLM_NPU_DOWNLOAD=0 forbids to download it"
+    partial = SITE.with_suffix(f".{os.getpid()}")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", "--target", str(partial)]
+    done = subprocess.run([*command, *PACKAGES], capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        shutil.rmtree(partial, ignore_errors=True)
+        return f"triton-ascend could not be installed: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}"
+    if not SITE.exists():
+        partial.rename(SITE)
+    return None
+
+
 def lower(site: str) -> list[dict[str, Any]]:
     """Lower every shape in both dtypes."""
     sys.path.insert(0, site)
-    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(1, str(ROOT))
     import triton
     from triton._C.libtriton import ir
     from triton.backends.ascend import compiler as ascend

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import ascend_lower
 import pytest
 import torch
 from cuda_device import DEVICE, ON_GPU
@@ -19,10 +21,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nanovllm.ops import Operators, reference, torch_operators
+from tiny_models import make_checkpoint
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.ops import Operators, npu, reference, torch_operators
 from nanovllm.ops.npu import fused
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float16]  # the interpreter does not round to bfloat16 as hardware does
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3}
 pytestmark = pytest.mark.skipif(ON_GPU, reason="a kernel for Ascend")
@@ -156,16 +160,49 @@ def test_it_is_off_unless_asked_for_and_installed(
     assert fused.with_fused(base).norm_rotate_write is not base.norm_rotate_write
 
 
+def test_the_table_of_an_npu_has_it_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an Atlas A2, and not on a 310P, whose cache it does not know."""
+    (tmp_path / "triton_ascend-3.2.0.dist-info").mkdir()
+    (tmp_path / "triton_ascend-3.2.0.dist-info/METADATA").write_text("Name: triton-ascend\nVersion: 3.2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def fused_in(is_310p: bool) -> bool:
+        table = npu.operators(torch_operators(), SimpleNamespace(rms_norm=None, add_rms_norm=None), is_310p)
+        return isinstance(getattr(table.norm_rotate_write, "__self__", None), fused.FusedNormRotateWrite)
+
+    monkeypatch.delenv(fused.VARIABLE, raising=False)
+    assert not fused_in(False)
+    monkeypatch.setenv(fused.VARIABLE, "1")
+    assert fused_in(False) and not fused_in(True)
+
+
+def test_an_engine_gives_the_tokens_it_gives_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, chunks and decodes, through the kernel."""
+    make_checkpoint(tmp_path, "qwen3", max_position_embeddings=64)
+    operator = fused.FusedNormRotateWrite(FORBIDDEN, programs=3)
+    tables = [torch_operators(), dataclasses.replace(torch_operators(), norm_rotate_write=operator.norm_rotate_write)]
+    settings = {"dtype": "float32", "skip_tokenizer_init": True, "num_gpu_blocks_override": 40, "device": "cpu"}
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False)
+    tokens = []
+    for table in tables:
+        monkeypatch.setattr("nanovllm.runner.model_runner.operator_table", lambda *arguments, table=table: table)
+        with LLM(str(tmp_path), max_num_batched_tokens=8, max_num_seqs=4, **settings) as llm:
+            outputs = llm.generate(
+                [{"prompt_token_ids": [5 + i] * (3 * i + 1)} for i in range(4)], params, use_tqdm=False
+            )
+        tokens.append([output.outputs[0].token_ids for output in outputs])
+    assert tokens[0] == tokens[1]
+
+
 def test_triton_ascend_lowers_it() -> None:
     """Down to linalg, for the vector cores alone; CANN's own compiler would go on from there."""
-    site = os.environ.get("NANOVLLM_TEST_TRITON_ASCEND")
-    if site is None:
-        pytest.skip("set NANOVLLM_TEST_TRITON_ASCEND to a folder with triton-ascend (tests/ascend_lower.py says how)")
-    command = [sys.executable, str(ROOT / "tests" / "ascend_lower.py"), site]
+    if reason := ascend_lower.install():
+        pytest.skip(reason)
+    command = [sys.executable, ascend_lower.__file__, str(ascend_lower.SITE)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lowered = json.loads(done.stdout)
-    assert len(lowered) >= 3
+    assert len(lowered) == 2 * len(ascend_lower.SHAPES)
     for kernel in lowered:
         assert kernel["mix_mode"] == "aiv" and kernel["gathers"] == 0 and kernel["tile_bytes"] <= 192 * 1024
