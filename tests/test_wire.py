@@ -180,7 +180,8 @@ def test_outputs_survive(batch: list[EngineOutput]):
     for output in batch:
         if output.finish_reason is None:
             output.stop_reason = None
-    stats = StepStats(1.5, 3, 2, 0.25, 1, 64, 10, 10, 5, 1, [Admission("0_a", 1.0, 1.25, 2)])
+    admissions, tenants = [Admission("0_a", 1.0, 1.25, 2)], {"a": (1, 2)}
+    stats = StepStats(1.5, 3, 2, 0.25, 1, 64, 10, 10, 5, 1, 2, ["step_failed"], admissions, tenants)
     update = Update(batch, stats, replies=[(3, True)])
     assert same(decode_message(encode_message(update)), update)
 
