@@ -38,7 +38,7 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
 
 
 def operator_table(device: str, attention_backend: str | None = None, quantization: str | None = None) -> Operators:
-    """The operators of ``device`` ("cpu", "cuda" or "npu"), for one engine: torch's, but for those the device does better.
+    """The operators of ``device`` ("cpu", "cuda" or "npu"), for one engine: torch's, and what a device does better.
 
     ``attention_backend`` chooses attention: None takes the device's own, "torch_native" and "reference" torch's, and a
     GPU has some of its own. ``quantization`` ("int8", "int4", "w8a8", on a GPU "fp8" too) is what ``pack_linear`` does

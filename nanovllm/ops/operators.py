@@ -69,6 +69,7 @@ class Operators:
     # Rows, columns, dtype -> memory for a weight, which ``pack_linear`` may then pack where it lies. None: any memory.
     allocate_matrix: Callable[[int, int, torch.dtype], Tensor] | None = None
     choose: Choose | None = None  # None: runner/choice.py, with torch
+    choose_by_sorting: bool = False  # which of its ways, without ``choose``: one that never waits for the device
     penalise: Penalise | None = None  # None: runner/logit_rules.py, with torch
     new_cache: NewCache | None = None  # None: [num_blocks, block_size, kv_heads, head_dim]
     tune: Callable[[AttentionShape, torch.device], None] | None = None  # chooses attention for a model

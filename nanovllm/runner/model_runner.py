@@ -16,6 +16,7 @@ from nanovllm.ops import AttentionMetadata, Forward, operator_table
 from nanovllm.ops.transfer import HostCopy
 from nanovllm.parallel import ParallelContext
 from nanovllm.platforms import get_platform
+from nanovllm.runner.choice import choose_by_sorting
 from nanovllm.runner.guidance import Guidance, apply_limits
 from nanovllm.runner.input_batch import InputBatch, StepInput
 from nanovllm.runner.kv_cache import allocate, bytes_per_block, count_blocks, log_size
@@ -103,7 +104,8 @@ class ModelRunner:
         log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
 
         self.batch = InputBatch(max_rows, block_size, self.device, self.num_blocks)
-        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode, self.ops.choose, self.ops.penalise)
+        choose = self.ops.choose or (choose_by_sorting if self.ops.choose_by_sorting else None)
+        self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode, choose, self.ops.penalise)
         self.guidance = Guidance(model)
         self.pooler = Pooler()
         # row -> (number of likeliest, ids asked for by name, prompt length)

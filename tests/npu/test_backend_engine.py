@@ -227,6 +227,30 @@ def test_drawn_tokens_depend_on_the_request_alone(models: Any) -> None:
                                       zip(together[1].outputs[0].token_ids, scored, strict=True))  # fmt: skip
 
 
+@emulated
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_a_step_asks_the_device_for_nothing_but_the_sampled_tokens(models: Any, eager: bool) -> None:
+    """torch_npu raises when anything waits for the device, but for the event behind the copy of the tokens."""
+    path, _ = models("qwen3", 128)
+    kinds = [{"temperature": 0.0}, {"top_p": 0.8}, {"top_k": 5, "min_p": 0.05}, {"temperature": 1.3}]
+    params = [
+        SamplingParams(max_tokens=6, ignore_eos=True, detokenize=False, **{"temperature": 0.9, "seed": i, **kind})
+        for i, kind in enumerate(kinds)
+    ]
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:4]]
+    settings: dict[str, Any] = {"num_gpu_blocks_override": 60, "max_model_len": 256, "enforce_eager": eager}
+    with LLM(str(path), device="npu", skip_tokenizer_init=True, enable_prefix_caching=False, **settings) as llm:
+        wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        torch.npu.set_sync_debug_mode("error")
+        try:
+            with pytest.raises(RuntimeError):
+                torch.ones(1, device="npu").item()
+            tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        finally:
+            torch.npu.set_sync_debug_mode("default")
+    assert tokens == wanted
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 

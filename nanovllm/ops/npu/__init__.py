@@ -67,6 +67,7 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
         paged_attention=attention.paged_attention,
         record=partial(_record, attention),
         tune=attention.tune,
+        choose_by_sorting=True,
     )
     if os.environ.get("NANOVLLM_ASCEND_FUSED") == "1":  # it needs Triton, which others must not need
         from nanovllm.ops.npu.fused import with_fused

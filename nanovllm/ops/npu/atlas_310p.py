@@ -66,6 +66,7 @@ class Atlas310P:
             paged_attention=self.paged_attention,
             new_cache=self.new_cache,
             tune=self.tune,
+            choose_by_sorting=True,
         )
 
     def tune(self, shape: AttentionShape, device: torch.device) -> None:
