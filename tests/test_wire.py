@@ -133,9 +133,9 @@ def test_commands_survive_without_the_text_of_the_prompt():
         bad_words_ids=((1, 2), (3,)),
         cache_salt="salt",
     )
-    frame = encode_command(Add("id", prompt, 2**63, -4))
+    frame = encode_command(Add("id", prompt, 2**63, -4, "search", 2.5))
     assert b"secret" not in frame
-    assert decode_command(frame) == Add("id", dataclasses.replace(prompt, prompt=None), 2**63, -4)
+    assert decode_command(frame) == Add("id", dataclasses.replace(prompt, prompt=None), 2**63, -4, "search", 2.5)
     for command in (Finish(["0_a", "1_a"], "abort"), ResetPrefixCache(7)):
         assert decode_command(encode_command(command)) == command
 
