@@ -1,8 +1,8 @@
 """Tests marked ``emulated`` run in processes on the emulated Ascend; pytest reports them as if they ran here.
 
-``@pytest.mark.emulated(soc="Ascend310P3", lazy=1)`` names the settings of README.md; tests with equal settings share a
-process. The environment must not change once torch is imported, hence the second pytest instead of a fixture. A test that
-takes its process down fails, and the tests behind it get a new one.
+``@pytest.mark.emulated(soc="Ascend310P3", lazy=1)`` names the settings of README.md; tests with equal settings share
+a process. The environment must not change once torch is imported, hence the second pytest instead of a fixture. A test
+that takes its process down fails, and the tests behind it get a new one.
 """
 
 from __future__ import annotations

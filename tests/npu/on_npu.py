@@ -12,7 +12,7 @@ import torch
 
 torch_npu: Any = None
 if os.environ.get("NANOVLLM_NPU_EMULATED") == "1":
-    import torch_npu  # type: ignore[no-redef]
+    import torch_npu  # noqa: F401
 
 DEVICE = "npu:0"
 

@@ -1,4 +1,4 @@
-"""Run a program on the emulated Ascend: ``python -m tests.npu.run script.py [arguments]`` (or ``-m module``, or ``-c code``).
+"""Run a program on the emulated Ascend: ``python -m tests.npu.run script.py [arguments]`` (or ``-m module ...``).
 
 ``--soc=Ascend310P3``, ``--lazy=1`` and the other settings of README.md come before the program.
 """

@@ -236,7 +236,9 @@ def test_mrope_without_sections_is_plain_rotary() -> None:
     q, k = randn(4, 2 * 32), randn(4, 32, seed=1)
     positions, theta = torch.tensor([7, 0, 3, 9]), angles(16, 32)
     cache = torch.from_numpy(np.concatenate((np.cos(theta), np.sin(theta)), 1)).float()
-    found = torch_npu.npu_mrope(npu(positions), npu(q), npu(k), npu(cache), 32, mrope_section=[0, 0, 0], rotary_mode="half")
+    found = torch_npu.npu_mrope(
+        npu(positions), npu(q), npu(k), npu(cache), 32, mrope_section=[0, 0, 0], rotary_mode="half"
+    )
     for x, y in zip((q, k), found, strict=True):
         wanted = turn_halves(numpy(x.view(4, -1, 32)), theta[positions.numpy()])
         assert_near(y.view(4, -1, 32), wanted)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from on_npu import DEVICE, npu, refused, torch_npu
+
 from tests.npu.emulator.environment import TORCH_NPU
 
 pytestmark = pytest.mark.emulated

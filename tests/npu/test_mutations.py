@@ -18,7 +18,7 @@ from nanovllm.ops import torch_operators
 from nanovllm.ops.metadata import AttentionMetadata
 
 HEADS, GROUPS, DIM, BLOCK, EPS = 4, 2, 128, 128, 1e-6
-# Three steps: (first token, tokens) of both sequences. Prompts of 5 and 131 tokens, a decode beside a chunk, two decodes.
+# Steps: (first token, tokens) of both sequences. Prompts of 5 and 131 tokens, a decode beside a chunk, two decodes.
 STEPS = [((0, 5), (0, 131)), ((5, 1), (131, 3)), ((6, 1), (134, 1))]
 TABLE = [[3, 1], [4, 2]]
 

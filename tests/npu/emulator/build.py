@@ -19,7 +19,10 @@ from .trampolines import assembly, operator_names
 
 SOURCES = Path(__file__).parent / "cann"
 # The names the wheel's libraries are linked with, and those it opens when running.
-LIBRARIES = ["hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "atb", "opapi", "aclnn_math", "aclnn_ops_infer", "nnopbase"]
+LIBRARIES = (
+    *("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "atb"),
+    *("opapi", "aclnn_math", "aclnn_ops_infer", "nnopbase"),
+)
 _CANN_SYMBOL = re.compile(r"acl|rt[A-Z]|Msprof|Hccl|_ZNK?3atb")
 
 

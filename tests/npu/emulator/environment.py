@@ -57,7 +57,7 @@ def _install_wheel() -> str | None:
 
 
 def variables(**settings: object) -> dict[str, str]:
-    """The environment of a process on the emulated Ascend. ``settings``: see README.md, for example ``soc="Ascend310P3"``."""
+    """The environment of a process on the emulated Ascend. ``settings`` are those of README.md: ``lazy=1``."""
     from .build import libraries
 
     environment = dict(os.environ)

@@ -1,9 +1,9 @@
 """Operators of the ATB library (``torch.ops.atb``), which has a C++ interface that cannot be imitated below the wheel.
 
-So these replace the wheel's own implementations in torch's dispatcher. Their work goes through the emulated stream like
-everything else: it is captured, delayed and replayed. Lengths in host memory are read when the operator is called.
+So these replace the wheel's own implementations in torch's dispatcher. Their work goes through the emulated stream as
+everything else does: it is captured, delayed and replayed. Lengths in host memory are read when the operator is called.
 
-On the 310P the caches are tiled, [blocks, heads * dim / 16, block_size, 16]; elsewhere [blocks, block_size, heads, dim].
+The 310P's caches are tiled, [blocks, heads * dim / 16, block_size, 16]; others are [blocks, block_size, heads, dim].
 Masks are added to the scores.
 """
 
@@ -68,7 +68,7 @@ def _rows(cache: Tensor, kv_heads: int, table: Tensor, length: int) -> Tensor:
     blocks = table[: -(-length // size)].long()
     require(len(blocks) * size >= length, f"{length} keys, but the block table has {table.numel()} columns")
     wrong = [int(b) for b in blocks if not 0 <= int(b) < cache.shape[0]]
-    require(not wrong, f"MTE DDR address out of range: block {wrong and wrong[0]} of a cache of {cache.shape[0]} blocks")
+    require(not wrong, f"MTE DDR address out of range: block {wrong[:1]} of a cache of {cache.shape[0]} blocks")
     found = cache[blocks].transpose(1, 2) if IS_310P else cache[blocks]
     return found.reshape(len(blocks) * size, kv_heads, -1)[:length]
 
@@ -139,7 +139,7 @@ def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, seq_len: Tensor, scale_value: float, num_heads: int,
     num_kv_heads: int, out: Tensor,
 ) -> Callable[[], None]:  # fmt: skip
-    """Prefill: packed sequences [tokens, heads, dim] of lengths ``seq_len`` (int32, on the host), one added mask for all."""
+    """Prefill: packed sequences [tokens, heads, dim] of lengths ``seq_len`` (int32, on the host), one mask for all."""
     _check_tensors(query, key=key, value=value, out=out, mask=mask)
     _check_packed(query, num_heads, seq_len)
     require(key.shape[1] == value.shape[1] == num_kv_heads, f"key {tuple(key.shape)}, {num_kv_heads} KV heads")
@@ -178,7 +178,7 @@ _COMPRESSED, _MASK_SIDE = 5, 2048
 @_implement("_npu_paged_attention_splitfuse_v2")
 def paged_attention_splitfuse_v2(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, context_lens: Tensor, mask: Tensor,
-    seq_len: Tensor, num_kv_heads: int, num_heads: int, scale_value: float, *, mask_type: int = _COMPRESSED, out: Tensor,
+    seq_len: Tensor, num_kv_heads: int, num_heads: int, scale_value: float, *, out: Tensor, mask_type: int = 5,
 ) -> Callable[[], None]:  # fmt: skip
     """Chunks with one compressed causal mask [2048, 2048] for any length: what is right of its diagonal hides."""
     require(mask_type == _COMPRESSED, f"mask_type {mask_type} is not emulated")

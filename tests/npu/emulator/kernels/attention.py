@@ -1,8 +1,8 @@
 """FusedInferAttentionScore: attention for prefill, chunks and decoding, over packed or paged keys and values.
 
-Layouts, lengths, masks and limits follow the operator's documentation for Atlas A2 and A3. What decides right or wrong:
+Layouts, lengths, masks and limits follow the operator's documentation for Atlas A2 and A3. What right or wrong hang on:
 
-- TND (packed): query lengths are *cumulative*; key lengths are cumulative without a block table, one per sequence with it.
+- TND (packed): query lengths are *cumulative*; key lengths are so without a block table, and one per sequence with it.
 - Other layouts: one length per sequence.
 - ``scale`` is multiplied as given; its default in the operator is 1.
 - ``sparse_mode`` 3 is causal with the last query at the last key; it needs the shared mask of 2048 x 2048.
@@ -199,9 +199,7 @@ def _paged(cache: Tensor, kv_heads: int, block: int, table: Tensor, length: int)
     blocks = table[: -(-length // block)].long()
     if blocks.numel():
         wrong = [int(b) for b in blocks if not 0 <= int(b) < cache.shape[0]]
-        require(
-            not wrong, f"MTE DDR address out of range: block {wrong and wrong[0]} of a cache of {cache.shape[0]} blocks"
-        )
+        require(not wrong, f"MTE DDR address out of range: block {wrong[:1]} of a cache of {cache.shape[0]} blocks")
     found = cache[blocks]
     if cache.dim() == 4:
         found = found.transpose(1, 2)
@@ -269,9 +267,9 @@ def _attend(call: _Call) -> None:
 def _call_v3(
     query, key, value, pse, mask, query_lengths, key_lengths, dequant1, quant1, dequant2, quant2, offset2,
     antiquant_scale, antiquant_offset, block_table, query_padding, kv_padding, key_scale, key_offset, value_scale,
-    value_offset, key_prefix, value_prefix, prefix_length, query_rope, key_rope, key_rope_scale, heads, scale, pre_tokens,
-    next_tokens, layout, kv_heads, sparse_mode, inner_precise, block_size, antiquant_mode, with_lse, key_mode, value_mode,
-    out, lse, sink=None,
+    value_offset, key_prefix, value_prefix, prefix_length, query_rope, key_rope, key_rope_scale, heads, scale,
+    pre_tokens, next_tokens, layout, kv_heads, sparse_mode, inner_precise, block_size, antiquant_mode, with_lse,
+    key_mode, value_mode, out, lse, sink=None,
 ) -> _Call:  # fmt: skip
     not_emulated = [pse, dequant1, quant1, dequant2, quant2, offset2, antiquant_scale, antiquant_offset, query_padding]
     not_emulated += [kv_padding, key_scale, key_offset, value_scale, value_offset, key_prefix, value_prefix]
@@ -302,7 +300,7 @@ def fused_infer_attention_score_v3(
 
 
 def _call_v4(*arguments: object) -> _Call:
-    """Version 4 has two more optional inputs behind the rope's (a query scale, a sink) and a mode of the query's quantisation."""
+    """Version 4 has two more optional inputs behind the rope's (a query scale, a sink), and a mode of the first."""
     inputs, query_scale, sink, attributes = arguments[:27], arguments[27], arguments[28], list(arguments[29:])
     require(query_scale is None, "quantisation is not emulated")
     require(attributes.pop(13) == 0, "quantisation is not emulated")
@@ -318,8 +316,9 @@ def fused_infer_attention_score_v4(
     key_offset: Tensor | None, value_scale: Tensor | None, value_offset: Tensor | None, key_prefix: Tensor | None,
     value_prefix: Tensor | None, prefix_length: Ints | None, query_rope: Tensor | None, key_rope: Tensor | None,
     key_rope_scale: Tensor | None, query_scale: Tensor | None, sink: Tensor | None, heads: int, scale: float,
-    pre_tokens: int, next_tokens: int, layout: str, kv_heads: int, sparse_mode: int, inner_precise: int, block_size: int,
-    antiquant_mode: int, with_lse: bool, key_mode: int, value_mode: int, query_mode: int, out: Tensor, lse: Tensor,
+    pre_tokens: int, next_tokens: int, layout: str, kv_heads: int, sparse_mode: int, inner_precise: int,
+    block_size: int, antiquant_mode: int, with_lse: bool, key_mode: int, value_mode: int, query_mode: int, out: Tensor,
+    lse: Tensor,
 ) -> None:  # fmt: skip
     arguments = tuple(locals().values())
     _attend(_call_v4(*arguments))

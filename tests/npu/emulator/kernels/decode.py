@@ -1,13 +1,14 @@
 """From what torch_npu passes to an operator to Python values: tensors become views of the same memory.
 
-An operator's Python function states its C signature in its annotations, so decoding needs no guessing; what does not fit
-(another kind of object, a freed one, a wrong number of arguments, an address outside device memory) is an error.
+An operator's Python function states its C signature in its annotations, so decoding needs no guessing. What does not
+fit (another kind of object, a freed one, a wrong number of arguments, an address outside device memory) is an error.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 import os
 import struct
 from collections.abc import Callable
@@ -164,7 +165,7 @@ Decoder = Callable[[Any, Any, Any], tuple[list[Any], int, int]]
 
 
 def signature_decoder(function: Callable) -> Decoder:
-    """A function from (integer registers, float registers, stack) to (arguments, workspace pointer, executor pointer)."""
+    """A function from (integer registers, float registers, stack) to (arguments, workspace and executor pointers)."""
     parameters = [(p.name, str(p.annotation)) for p in inspect.signature(function).parameters.values()]
     known = {*_POINTERS, *_INTEGERS, *_FLOATS_IN_REGISTERS}
     for name, annotation in parameters:
@@ -237,7 +238,7 @@ def describe_call(integers: Any, floats: Any, stack: Any) -> str:
                 return None
 
         values = [*integers[:6], *stack[:60]]
-        for value, following in zip(values, values[1:], strict=False):
+        for value, following in itertools.pairwise(values):
             kind = kinds.get(word(value, 4) or 0)
             if kind == "Tensor":
                 words.append(f"Tensor{list(_Tensor.from_address(value).sizes[: _Tensor.from_address(value).dims])}")

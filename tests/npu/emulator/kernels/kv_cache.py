@@ -1,7 +1,7 @@
 """ScatterPaKvCache: storing keys and values in the paged cache.
 
-``cache_mode`` says how the caches' bytes are laid out, and its default is not the plain one: "PA_NZ" puts head after head
-in columns of 16 (float16), "Norm" keeps [block, position, head, dim].
+``cache_mode`` says how the caches' bytes are laid out, and its default is not the plain one: "PA_NZ" puts head after
+head in columns of 16 (float16), "Norm" keeps [block, position, head, dim].
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def scatter_tokens(new: Tensor, cache: Tensor, slots: Tensor, nz: bool) -> None:
     blocks, size = cache.shape[0], cache.shape[2 if nz else 1]
     slots = slots.long()
     wrong = [int(slot) for slot in slots if not 0 <= int(slot) < blocks * size]
-    require(
-        not wrong, f"MTE DDR address out of range: slot {wrong and wrong[0]} of a cache of {blocks * size} positions"
-    )
+    require(not wrong, f"MTE DDR address out of range: slot {wrong[:1]} of a cache of {blocks * size} positions")
     require(slots.unique().numel() == slots.numel(), f"slots must be unique: {slots.tolist()}")
     if nz:
         columns = cache.shape[3]

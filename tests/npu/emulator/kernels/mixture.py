@@ -31,7 +31,7 @@ def _check_init_routing(
     require(experts.dtype == torch.int32, f"expert_idx must be int32, not {experts.dtype}")
     require(experts.dim() == 2 and experts.shape[0] == x.shape[0], f"expert_idx {tuple(experts.shape)}")
     require(tokens_flag, "expert_tokens_num_flag must be true")
-    require(list(expert_range) == [0, count], f"active_expert_range {expert_range}: a part of the experts is not emulated")
+    require(list(expert_range) == [0, count], f"active_expert_range {expert_range}: parts are not emulated")
     require(tokens_type == 1, f"expert_tokens_num_type {tokens_type} is not emulated (1: count)")
 
 
@@ -49,7 +49,7 @@ def _route(
     x_out: Tensor, rows: Tensor, tokens: Tensor,
 ) -> None:  # fmt: skip
     """Rows of x sorted by expert, a row for each of its experts, and where each went."""
-    require(active in (-1, 0) or active >= experts.numel(), f"active_num {active} below {experts.numel()}: not emulated")
+    require(active in (-1, 0) or active >= experts.numel(), f"active_num {active} of {experts.numel()} is not emulated")
     require(drop_pad == 0, "drop_pad_mode must be 0")
     flat = experts.reshape(-1).long()
     require(bool(((flat >= 0) & (flat < count)).all()), f"an expert outside 0..{count - 1}")
@@ -90,7 +90,7 @@ def _check_grouped(
     require(len(x) == len(weight) == len(out) == 1 and split_item in (2, 3), "one x, one weight, split_item 2 or 3")
     require(group_type == 0, f"group_type {group_type} is not emulated")
     require(groups is not None and groups.dtype == torch.int64, "group_list must be an int64 tensor")
-    require(weight[0].dim() == 3 and weight[0].shape[1] == x[0].shape[1], f"weight {tuple(weight[0].shape)} is not [E, K, N]")
+    require(weight[0].dim() == 3 and weight[0].shape[1] == x[0].shape[1], f"weight {tuple(weight[0].shape)}")
     require(groups.numel() == weight[0].shape[0], f"{groups.numel()} groups, {weight[0].shape[0]} experts")
     require(x[0].dtype == weight[0].dtype, f"x {x[0].dtype}, weight {weight[0].dtype}")
     require(weight[0].shape[1] < 65536, "the inner dimension must stay below 65536")
