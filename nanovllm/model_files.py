@@ -1,8 +1,11 @@
-"""What a model folder says of itself: the ``config.json`` of the Hugging Face format, in both of its generations."""
+"""What a model folder says of itself: the ``config.json`` of the Hugging Face format, in both of its generations, and
+which weights its files hold."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,77 @@ def _rope_scaling(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_kind(scaling: dict[str, Any]) -> str:
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------
+
+_LARGEST_HEADER = 100_000_000  # bytes; as in the library of the format
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file: the format's name of its dtype, its shape, and where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or ``model.safetensors``, or all there are."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not a safetensors index ({error!r}); download it again") from error
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{path} lacks {some_of(missing, 'files')}, which {index.name} lists; complete the download"
+            )
+        return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{path} holds no *.safetensors weights; convert the checkpoint to safetensors, "
+            "or try the engine without weights with load_format='dummy'"
+        )
+    return files
+
+
+def read_tensor_header(file: Path) -> dict[str, StoredTensor]:
+    """What a file in the safetensors format (https://huggingface.co/docs/safetensors) holds, by name.
+
+        8 bytes: length of the header | header: JSON, name -> dtype, shape, where its bytes are | bytes of all tensors
+
+    Raises ModelError for a file that is damaged or incomplete.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            begin = 8 + length
+            if size < 8 or begin > size or length > _LARGEST_HEADER:
+                raise ValueError(f"its header should have {length} bytes")
+            header = json.loads(stream.read(length))
+        found = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                if not 0 <= start <= end <= size - begin:
+                    raise ValueError(f"{name} should end at byte {begin + end}")
+                found[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged or incomplete ({size} bytes: {error}); download it again") from error
+
+
+def some_of(names: Iterable[str], what: str = "tensors", most: int = 8) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return f"{len(listed)} {what}: " + ", ".join(listed[:most]) + more

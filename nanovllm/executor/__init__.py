@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from nanovllm.errors import ParameterError
+from nanovllm.reserve import memory_for_weights
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -22,6 +24,10 @@ def create_executor(config: EngineConfig) -> InProcessExecutor:
         raise ParameterError(
             "this version runs on one device; use 1", "tensor_parallel_size", config.tensor_parallel_size
         )
-    from nanovllm.executor.in_process import InProcessExecutor
+    model = config.model
+    packed_in_place = config.device == "cpu" and model.load_format == "safetensors" and model.quantization is None
+    tied = bool(model.hf_config.get("tie_word_embeddings", False))
+    with memory_for_weights(model.path, model.dtype, tied) if packed_in_place else nullcontext():
+        from nanovllm.executor.in_process import InProcessExecutor  # imports torch
 
-    return InProcessExecutor(config)
+        return InProcessExecutor(config)

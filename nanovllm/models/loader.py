@@ -7,10 +7,8 @@ packed meanwhile. A checkpoint must fit the model exactly: missing, unexpected a
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from nanovllm.errors import ModelError
 from nanovllm.layers.weights import Slots, WeightSlot
+from nanovllm.model_files import checkpoint_files, some_of
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.tensor_file import TensorFile
 
@@ -46,29 +45,6 @@ def load_weights(model: Decoder, path: str | Path, load_format: str, seed: int) 
 def _tied_head(model: Decoder) -> str | None:
     """The name under which a checkpoint may repeat the embedding as the output head."""
     return f"{model.spec.names.head}.weight" if model.spec.tied else None
-
-
-def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or ``model.safetensors``, or all there are."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is not a safetensors index ({error!r}); download it again") from error
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise ModelError(f"{path} lacks {_some(missing, 'files')}, which {index.name} lists; complete the download")
-        return [path / name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{path} holds no *.safetensors weights; convert the checkpoint to safetensors, "
-            "or try the engine without weights with load_format='dummy'"
-        )
-    return files
 
 
 def load_safetensors(slots: Slots, files: list[Path], tied_head: str | None = None) -> None:
@@ -109,9 +85,9 @@ def load_safetensors(slots: Slots, files: list[Path], tied_head: str | None = No
                         slot.layer.finish()
     problems = []
     if missing:
-        problems.append(f"missing {_some(sorted(missing))}")
+        problems.append(f"missing {some_of(sorted(missing))}")
     if unexpected:
-        problems.append(f"unexpected {_some(sorted(unexpected))}")
+        problems.append(f"unexpected {some_of(sorted(unexpected))}")
     if problems:
         raise ModelError(
             f"the weights in {files[0].parent} do not fit the model of its config.json: " + "; ".join(problems)
@@ -167,10 +143,3 @@ def _repeat_into(target: Tensor, pool: Tensor, start: int) -> None:
         target[filled : filled + piece.numel()].copy_(piece)
         filled += piece.numel()
         start = 0
-
-
-def _some(names: Iterable[str], what: str = "tensors", most: int = 8) -> str:
-    """The first few names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return f"{len(listed)} {what}: " + ", ".join(listed[:most]) + more

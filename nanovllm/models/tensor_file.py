@@ -1,6 +1,4 @@
-"""Files of tensors in the safetensors format: https://huggingface.co/docs/safetensors.
-
-    8 bytes: length of the header | header: JSON, name -> dtype, shape, where its bytes are | bytes of all tensors
+"""Files of tensors, in the safetensors format (``model_files.read_tensor_header``).
 
 A tensor is read straight into the memory where it is to stay. Nothing is mapped: pages of a mapped file count as memory
 of the process, and cost a fault each.
@@ -8,34 +6,22 @@ of the process, and cost a fault each.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanovllm.errors import ModelError
+from nanovllm.model_files import read_tensor_header
 
-_LARGEST_HEADER = 100_000_000  # as in the library of the format
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor's bytes begin in its file, and what they are."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class TensorFile:
@@ -51,32 +37,12 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.tensors = read_tensor_header(path)
+        for name, tensor in self.tensors.items():
+            size = tensor.end - tensor.start
+            if tensor.dtype in _DTYPES and size != math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize:
+                raise ModelError(f"{path} is damaged: {name} should not have {size} bytes; download it again")
         self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            self.tensors = self._read_header()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.close()
-            size = path.stat().st_size
-            raise ModelError(f"{path} is damaged or incomplete ({size} bytes: {error}); download it again") from error
-
-    def _read_header(self) -> dict[str, StoredTensor]:
-        size = os.fstat(self._descriptor).st_size
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        begin = 8 + length
-        if size < 8 or begin > size or length > _LARGEST_HEADER:
-            raise ValueError(f"its header should have {length} bytes")
-        found = {}
-        for name, entry in json.loads(os.pread(self._descriptor, length, 8)).items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
-            if not 0 <= start <= end <= size - begin:
-                raise ValueError(f"{name} should end at byte {begin + end}")
-            if tensor.dtype in _DTYPES and end - start != math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize:
-                raise ValueError(f"{name} should not have {end - start} bytes")
-            found[name] = tensor
-        return found
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -9,9 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_HUGE_PAGE = 2 << 20
+from nanovllm.reserve import HUGE_PAGE, take_reserve
+
 _MADV_HUGEPAGE = 14
-_CHUNK = 64 * _HUGE_PAGE
+_CHUNK = 64 * HUGE_PAGE
 _ALIGNMENT = 64  # a cache line
 
 
@@ -28,18 +29,19 @@ def advise_huge_pages(tensor: Tensor) -> None:
 
     Merely advice: nothing happens where the system knows no such pages.
     """
-    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     size = tensor.data_ptr() + tensor.nbytes - start
     madvise = _madvise()
-    if madvise is not None and size >= _HUGE_PAGE and start % mmap.PAGESIZE == 0:
-        madvise(start, size // _HUGE_PAGE * _HUGE_PAGE, _MADV_HUGEPAGE)
+    if madvise is not None and size >= HUGE_PAGE and start % mmap.PAGESIZE == 0:
+        madvise(start, size // HUGE_PAGE * HUGE_PAGE, _MADV_HUGEPAGE)
 
 
 class Arena:
     """Memory for many weights, side by side in large chunks: all but a chunk's edges lie in large pages.
 
     On its own, a weight of a few MB would often get memory that the process has used before, in small pages. A chunk
-    lives as long as one of the tensors in it; what is never written takes no memory.
+    lives as long as one of the tensors in it; what is never written takes no memory. The first is what ``reserve`` has
+    made ready, if there is any.
     """
 
     def __init__(self) -> None:
@@ -49,9 +51,17 @@ class Arena:
     def allocate(self, size: int) -> Tensor:
         """An uninitialised tensor uint8 [size], aligned to cache lines."""
         if self._used + size > self._chunk.nbytes:
-            self._chunk = torch.empty(max(size, _CHUNK) + _HUGE_PAGE, dtype=torch.uint8)
-            advise_huge_pages(self._chunk)
-            self._used = -self._chunk.data_ptr() % _HUGE_PAGE
+            self._chunk = self._new_chunk(size)
+            self._used = -self._chunk.data_ptr() % HUGE_PAGE
         memory = self._chunk[self._used : self._used + size]
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return memory
+
+    @staticmethod
+    def _new_chunk(size: int) -> Tensor:
+        reserve = take_reserve()
+        if reserve is not None and len(reserve) >= size + HUGE_PAGE:
+            return torch.frombuffer(reserve, dtype=torch.uint8)
+        chunk = torch.empty(max(size, _CHUNK) + HUGE_PAGE, dtype=torch.uint8)
+        advise_huge_pages(chunk)
+        return chunk
