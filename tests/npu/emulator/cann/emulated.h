@@ -18,6 +18,9 @@
 /* ---- errors: the message is what aclGetRecentErrMsg hands to torch_npu, which puts it into its RuntimeError. ---- */
 aclError fail(aclError code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* ---- trace.c ---- */
+void trace(const char *name);
+
 /* ---- settings, from the environment (see README.md) ---- */
 long setting(const char *name, long otherwise);
 const char *setting_text(const char *name, const char *otherwise);

@@ -186,6 +186,8 @@ aclError drain_stream(Stream *stream) {
 /* ---- submission ---- */
 
 aclError submit(aclrtStream handle, Task *task) {
+    if (task->kind == WORK) trace(task->work.name);
+    if (task->kind == LAUNCH) trace("graph launch");
     pthread_mutex_lock(&state_lock);
     Stream *stream = stream_of(handle);
     aclError error = ACL_SUCCESS;
@@ -275,6 +277,7 @@ API aclError aclrtStreamGetId(aclrtStream handle, int32_t *id) {
 
 API aclError aclrtSynchronizeStreamWithTimeout(aclrtStream handle, int32_t timeout) {
     (void)timeout;
+    trace("wait for stream");
     pthread_mutex_lock(&state_lock);
     Stream *stream = stream_of(handle);
     aclError error;
@@ -292,6 +295,7 @@ API aclError aclrtSynchronizeStream(aclrtStream handle) { return aclrtSynchroniz
 
 API aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
     (void)timeout;
+    trace("wait for device");
     if (capture_active()) return fail(ACL_ERROR_RT_STREAM_CAPTURED, "the device cannot be synchronised while a stream is being captured");
     pthread_mutex_lock(&state_lock);
     aclError error = ACL_SUCCESS;
@@ -374,6 +378,7 @@ API aclError aclrtQueryEventWaitStatus(aclrtEvent handle, aclrtEventWaitStatus *
 }
 
 API aclError aclrtSynchronizeEvent(aclrtEvent handle) {
+    trace("wait for event");
     pthread_mutex_lock(&state_lock);
     aclError error = run_until(event_done, handle, "synchronising an event");
     pthread_mutex_unlock(&state_lock);
