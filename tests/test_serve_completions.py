@@ -8,7 +8,8 @@ import pytest
 from serving import Served, chained, shared_server
 
 PATH = "/v1/completions"
-FRANCE: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+# Its answer is longer than four tokens.
+CACHE: dict[str, Any] = {"prompt": "What is a KV cache?", "max_tokens": 4, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,10 @@ def without_id(value: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def test_an_answer_has_the_fields_of_openai_and_vllm(server: Served):
-    answer = server.ask(PATH, FRANCE)
+    answer = server.ask(PATH, CACHE)
     text = answer["choices"][0]["text"]
     assert text
+    prompt_tokens = server.ask("/tokenize", {"prompt": CACHE["prompt"]})["count"]
     assert without_id(answer, "cmpl-") == {
         "object": "text_completion",
         "model": "demo",
@@ -45,8 +47,8 @@ def test_an_answer_has_the_fields_of_openai_and_vllm(server: Served):
         "service_tier": None,
         "system_fingerprint": answer["system_fingerprint"],
         "usage": {
-            "prompt_tokens": 5,
-            "total_tokens": 9,
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + 4,
             "completion_tokens": 4,
             "prompt_tokens_details": None,
             "completion_tokens_details": None,
@@ -56,8 +58,8 @@ def test_an_answer_has_the_fields_of_openai_and_vllm(server: Served):
 
 
 def test_a_stream_carries_the_same_text_in_chunks(server: Served):
-    whole = server.ask(PATH, FRANCE)["choices"][0]
-    chunks = server.stream(PATH, FRANCE)
+    whole = server.ask(PATH, CACHE)["choices"][0]
+    chunks = server.stream(PATH, CACHE)
     assert [without_id(chunk, "cmpl-") for chunk in chunks] == [
         {
             "object": "text_completion",
@@ -86,21 +88,21 @@ def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
 
 
 def test_token_ids_are_a_prompt_and_come_back_if_asked_for(server: Served):
-    tokens = server.ask("/tokenize", {"prompt": FRANCE["prompt"]})["tokens"]
-    plain = server.ask(PATH, FRANCE)["choices"][0]
-    choice = server.ask(PATH, {**FRANCE, "prompt": tokens, "return_token_ids": True})["choices"][0]
+    tokens = server.ask("/tokenize", {"prompt": CACHE["prompt"]})["tokens"]
+    plain = server.ask(PATH, CACHE)["choices"][0]
+    choice = server.ask(PATH, {**CACHE, "prompt": tokens, "return_token_ids": True})["choices"][0]
     assert choice["text"] == plain["text"] and choice["prompt_token_ids"] == tokens
     assert server.ask("/detokenize", {"tokens": choice["token_ids"]})["prompt"] == plain["text"]
-    chunks = server.stream(PATH, {**FRANCE, "prompt": tokens, "return_token_ids": True})
+    chunks = server.stream(PATH, {**CACHE, "prompt": tokens, "return_token_ids": True})
     assert chunks[0]["choices"][0]["prompt_token_ids"] == tokens
     assert all(chunk["choices"][0]["prompt_token_ids"] is None for chunk in chunks[1:])
     assert chained(chunk["choices"][0]["token_ids"] for chunk in chunks) == choice["token_ids"]
 
 
 def test_several_prompts_are_answered_in_their_order(server: Served):
-    prompts = ["The capital of France is", "2 + 2 =", "Hello"]
-    single = [server.ask(PATH, {**FRANCE, "prompt": prompt})["choices"][0]["text"] for prompt in prompts]
-    body = {**FRANCE, "prompt": prompts}
+    prompts = [CACHE["prompt"], "What is prefill?", "What is decode?"]
+    single = [server.ask(PATH, {**CACHE, "prompt": prompt})["choices"][0]["text"] for prompt in prompts]
+    body = {**CACHE, "prompt": prompts}
     answer = server.ask(PATH, body)
     assert [choice["text"] for choice in answer["choices"]] == single
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
@@ -108,7 +110,7 @@ def test_several_prompts_are_answered_in_their_order(server: Served):
     chunks = server.stream(PATH, body)
     assert [text_of(chunks, index) for index in range(3)] == single
     as_ids = [server.ask("/tokenize", {"prompt": prompt})["tokens"] for prompt in prompts]
-    assert [c["text"] for c in server.ask(PATH, {**FRANCE, "prompt": as_ids})["choices"]] == single
+    assert [c["text"] for c in server.ask(PATH, {**CACHE, "prompt": as_ids})["choices"]] == single
 
 
 def test_n_outputs_of_several_prompts_are_numbered_prompt_by_prompt(server: Served):
@@ -120,19 +122,19 @@ def test_n_outputs_of_several_prompts_are_numbered_prompt_by_prompt(server: Serv
 
 
 def test_usage_of_a_stream_comes_last_or_in_every_chunk(server: Served):
-    usage = server.ask(PATH, FRANCE)["usage"]
-    chunks = server.stream(PATH, {**FRANCE, "stream_options": {"include_usage": True}})
+    usage = server.ask(PATH, CACHE)["usage"]
+    chunks = server.stream(PATH, {**CACHE, "stream_options": {"include_usage": True}})
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == usage
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = server.stream(PATH, {**FRANCE, "stream_options": options})
+    chunks = server.stream(PATH, {**CACHE, "stream_options": options})
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[-1] == 4 and chunks[-1]["usage"] == usage
-    assert text_of(chunks) == server.ask(PATH, FRANCE)["choices"][0]["text"]
+    assert text_of(chunks) == server.ask(PATH, CACHE)["choices"][0]["text"]
 
 
 def test_log_probabilities_have_four_lists_of_one_length(server: Served):
-    choice = server.ask(PATH, {**FRANCE, "logprobs": 2})["choices"][0]
+    choice = server.ask(PATH, {**CACHE, "logprobs": 2})["choices"][0]
     logprobs = choice["logprobs"]
     assert list(logprobs) == ["text_offset", "token_logprobs", "tokens", "top_logprobs"]
     assert {len(values) for values in logprobs.values()} == {4}
@@ -140,22 +142,22 @@ def test_log_probabilities_have_four_lists_of_one_length(server: Served):
     assert logprobs["text_offset"] == [choice["text"].index(logprobs["tokens"][0]), *logprobs["text_offset"][1:]]
     for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         assert top[token] == value == max(top.values()) and value <= 0 and len(top) == 2
-    chunks = server.stream(PATH, {**FRANCE, "logprobs": 2})
+    chunks = server.stream(PATH, {**CACHE, "logprobs": 2})
     joined = {key: chained(chunk["choices"][0]["logprobs"][key] for chunk in chunks) for key in logprobs}
     assert joined == logprobs
 
 
 def test_log_probabilities_can_name_tokens_by_id(server: Served):
-    body = {**FRANCE, "logprobs": 1, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    body = {**CACHE, "logprobs": 1, "return_tokens_as_token_ids": True, "return_token_ids": True}
     choice = server.ask(PATH, body)["choices"][0]
     assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
 
 
 def test_echo_repeats_the_prompt_and_scores_it(server: Served):
-    prompt = FRANCE["prompt"]
-    plain = server.ask(PATH, {**FRANCE, "logprobs": 1})["choices"][0]
+    prompt = CACHE["prompt"]
+    plain = server.ask(PATH, {**CACHE, "logprobs": 1})["choices"][0]
     for stream in (False, True):
-        body = {**FRANCE, "logprobs": 1, "echo": True}
+        body = {**CACHE, "logprobs": 1, "echo": True}
         if stream:
             chunks = server.stream(PATH, body)
             text = text_of(chunks)
@@ -183,7 +185,7 @@ def test_echo_of_no_tokens_is_the_prompt_alone(server: Served, logprobs: int | N
 
 
 def test_prompt_logprobs_are_entries_by_token_id(server: Served):
-    choice = server.ask(PATH, {**FRANCE, "prompt_logprobs": 1, "return_token_ids": True})["choices"][0]
+    choice = server.ask(PATH, {**CACHE, "prompt_logprobs": 1, "return_token_ids": True})["choices"][0]
     scores = choice["prompt_logprobs"]
     assert scores[0] is None and len(scores) == len(choice["prompt_token_ids"])
     for token_id, entries in zip(choice["prompt_token_ids"][1:], scores[1:], strict=True):
@@ -191,14 +193,14 @@ def test_prompt_logprobs_are_entries_by_token_id(server: Served):
 
 
 def test_stop_reason_names_the_string_or_the_token(server: Served):
-    free = server.ask(PATH, {**FRANCE, "return_token_ids": True})["choices"][0]
+    free = server.ask(PATH, {**CACHE, "return_token_ids": True})["choices"][0]
     word = free["text"].strip()[1:3]
-    stopped = server.ask(PATH, {**FRANCE, "stop": [word, "never"]})["choices"][0]
+    stopped = server.ask(PATH, {**CACHE, "stop": [word, "never"]})["choices"][0]
     assert stopped["finish_reason"] == "stop" and stopped["stop_reason"] == word and word not in stopped["text"]
-    last = server.stream(PATH, {**FRANCE, "stop": word})[-1]["choices"][0]
+    last = server.stream(PATH, {**CACHE, "stop": word})[-1]["choices"][0]
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", word)
     token_id = free["token_ids"][1]
-    stopped = server.ask(PATH, {**FRANCE, "stop_token_ids": [token_id]})["choices"][0]
+    stopped = server.ask(PATH, {**CACHE, "stop_token_ids": [token_id]})["choices"][0]
     assert stopped["stop_reason"] == token_id
 
 
@@ -245,7 +247,7 @@ def test_defaults_are_those_of_the_generation_config_then_openai(server: Served)
 
 
 def test_every_stream_event_is_one_line_of_json_after_data(server: Served):
-    lines = server.stream_lines(PATH, FRANCE)
+    lines = server.stream_lines(PATH, CACHE)
     assert all(line == "" or line.startswith("data: ") for line in lines)
     assert lines[0].startswith("data: {") and lines[-3:] == ["data: [DONE]", "", ""]
 
