@@ -6,10 +6,10 @@ import collections
 from pathlib import Path
 
 import pytest
-from tests.npu.emulator.trace import traced
 from tiny_models import make_checkpoint
 
 from nanovllm import LLM, SamplingParams
+from tests.npu.emulator.trace import traced
 
 pytestmark = pytest.mark.emulated
 WAITS = {"wait for stream", "wait for event", "wait for device"}

@@ -25,7 +25,7 @@ def home() -> Path:
 
 
 def wheel_folder() -> Path:
-    return home() / f"torch-npu-{TORCH_NPU}"
+    return home() / f"torch-npu-{TORCH_NPU}-{sys.implementation.cache_tag}"
 
 
 def why_not() -> str | None:
@@ -44,16 +44,17 @@ def why_not() -> str | None:
 def _install_wheel() -> str | None:
     if os.environ.get("NANOVLLM_NPU_DOWNLOAD", "1") == "0":
         return f"no torch-npu in {wheel_folder()}, and NANOVLLM_NPU_DOWNLOAD=0 forbids to download it"
-    partial = wheel_folder().with_suffix(f".{os.getpid()}")
+    partial = wheel_folder().with_name(f"{wheel_folder().name}.{os.getpid()}")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", "--target", str(partial)]
-    result = subprocess.run([*command, f"torch-npu=={TORCH_NPU}"], capture_output=True, text=True, timeout=600)
-    if result.returncode:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1]
-        return f"torch-npu {TORCH_NPU} (44 MB) could not be downloaded: {reason}"
-    if not wheel_folder().exists():
-        partial.rename(wheel_folder())
-    return None
+    try:
+        result = subprocess.run([*command, f"torch-npu=={TORCH_NPU}"], capture_output=True, text=True, timeout=600)
+        failure = result.returncode and (result.stderr.strip().splitlines() or ["pip failed"])[-1]
+        if not failure and not wheel_folder().exists():
+            partial.rename(wheel_folder())
+    except subprocess.TimeoutExpired as error:
+        failure = str(error)
+    shutil.rmtree(partial, ignore_errors=True)
+    return f"torch-npu {TORCH_NPU} (44 MB) could not be downloaded: {failure}" if failure else None
 
 
 def variables(**settings: object) -> dict[str, str]:
