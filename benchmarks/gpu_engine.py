@@ -78,9 +78,12 @@ class Setup:
         if self.attention_backend is not None or not self.on_gpu:
             return [self.attention_backend]
         from nanovllm.ops.cuda import ATTENTION_BACKENDS
+        from nanovllm.ops.cuda.flashinfer import is_ready
 
         found: list[str | None] = []
         for name in ATTENTION_BACKENDS:
+            if name == "flashinfer" and not is_ready():  # it would compile for minutes
+                continue
             with contextlib.suppress(ParameterError):
                 operator_table(self.device, name)
                 found.append(name)
