@@ -20,6 +20,7 @@ from nanovllm.model_files import checkpoint_files, read_tensor_header
 HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; unknown to others, who then leave the pages to be touched later
 _STEP = 16 * HUGE_PAGE  # between two looks at whether the memory is still wanted
+_KERNELS = Path(__file__).parent / "ops" / "cpu" / "lib"
 
 _reserve: Reserve | None = None
 
@@ -34,9 +35,8 @@ class Reserve:
     def __init__(self, size: int) -> None:
         self.memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._wanted = True
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
-            Thread(target=self._touch, args=(size,), name="weights-memory", daemon=True).start()
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        Thread(target=self._touch, args=(size,), name="weights-memory", daemon=True).start()
 
     def _touch(self, size: int) -> None:
         madvise = ctypes.CDLL(None).madvise  # the module's own knows no advice it was not compiled with
@@ -56,9 +56,11 @@ class Reserve:
 def memory_for_weights(folder: Path, dtype: str, tied: bool) -> Iterator[None]:
     """Within this context, memory for the matrices of a checkpoint that are stored in ``dtype`` ("bfloat16", "float32")
     can be taken with ``take_reserve``; what nobody has taken at the end is given back. A checkpoint that cannot be read
-    has none: whoever loads it says why."""
+    has none: whoever loads it says why. There is none either but on Linux with kernels that will take it."""
     global _reserve
-    size = matrix_bytes(folder, {"bfloat16": "BF16", "float32": "F32"}.get(dtype, ""), tied)
+    size = 0
+    if hasattr(mmap, "MADV_HUGEPAGE") and any(_KERNELS.glob("kernels_*.so")):
+        size = matrix_bytes(folder, {"bfloat16": "BF16", "float32": "F32"}.get(dtype, ""), tied)
     mine = _reserve = Reserve(size) if size > _STEP else None
     try:
         yield
