@@ -11,8 +11,6 @@ import pytest
 
 from tests.npu.emulator import environment
 
-OUTSIDE = os.environ.get("NANOVLLM_NPU_EMULATED") != "1"
-
 
 def _pytest(folder: Path, **variables: str) -> str:
     """What pytest prints for a folder of tests that uses this folder's conftest."""

@@ -270,6 +270,30 @@ def test_gating_picks_the_largest_probabilities() -> None:
     assert_near(weights, np.take_along_axis(probabilities, order, 1))
 
 
+def test_gating_with_sigmoids_groups_and_a_bias() -> None:
+    x, bias = randn(4, 12), randn(12, seed=1)
+    weights, experts, _ = torch_npu.npu_moe_gating_top_k(
+        npu(x), 3, bias=npu(bias), k_group=2, group_count=4, group_select_mode=1, norm_type=1, routed_scaling_factor=2.5
+    )
+    for t in range(4):
+        scores = 1 / (1 + np.exp(-numpy(x[t])))
+        biased = scores + numpy(bias)
+        groups = [range(g, g + 3) for g in range(0, 12, 3)]
+        best = sorted(groups, key=lambda group: -sum(sorted(biased[list(group)])[-2:]))[:2]
+        allowed = sorted((e for group in best for e in group), key=lambda e: -biased[e])[:3]
+        assert experts[t].tolist() == allowed
+        assert_near(weights[t], scores[allowed] / scores[allowed].sum() * 2.5)
+
+
+def test_gating_with_softmax_keeps_the_probabilities() -> None:
+    x = randn(4, 12)
+    weights, experts, _ = torch_npu.npu_moe_gating_top_k(npu(x), 3)
+    probabilities = np.exp(numpy(x)) / np.exp(numpy(x)).sum(1, keepdims=True)
+    order = np.argsort(-probabilities, 1)[:, :3]
+    assert experts.tolist() == order.tolist()
+    assert_near(weights, np.take_along_axis(probabilities, order, 1))
+
+
 @pytest.mark.parametrize("list_type", [0, 1])
 def test_a_layer_of_experts(list_type: int) -> None:
     """Sorting by expert, a product per expert, and adding up again: the same as expert by expert."""

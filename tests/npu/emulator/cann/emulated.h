@@ -1,7 +1,7 @@
 /* An Ascend made of host memory: what the sources of the emulated CANN share.
  *
  * The functions behind Huawei's headers (the real ones, taken from the torch-npu wheel) keep their documented contract.
- * Work is a list of tasks on a stream, as on the device; who runs them, and when, is decided in streams.c.
+ * Work is a list of tasks on a stream, as on the device; who runs them, and when, is decided in executor.c.
  */
 #pragma once
 #include <acl/acl.h>
@@ -115,7 +115,10 @@ void release_task(Task *task);
 Stream *stream_of(aclrtStream handle);
 aclError submit(aclrtStream stream, Task *task);          /* takes the reference */
 aclError submit_work(aclrtStream stream, Work work);
-aclError drain_stream(Stream *stream);
+extern Stream *all_streams;
+int stream_empty(const void *stream);
+aclError run_until(int (*done)(const void *), const void *what, const char *name); /* lock held */
+aclError drain_stream(Stream *stream);                                               /* lock held */
 void stream_append(Stream *stream, Task *task, Graph *replay_of);
 aclError reserve_streams(int count);
 void release_streams(int count);

@@ -21,6 +21,46 @@ def gating_top_k_softmax(x: Tensor, finished: Tensor | None, k: int, y: Tensor, 
     rows.copy_(torch.arange(tokens * k, device="cpu").view(k, tokens).T)
 
 
+_SOFTMAX, _SIGMOID = 0, 1
+
+
+def _check_gating_top_k(
+    x: Tensor, bias: Tensor | None, k: int, k_group: int, groups: int, group_mode: int, renorm: int, norm: int,
+    with_norm: bool, factor: float, epsilon: float, y: Tensor, experts: Tensor, norm_out: Tensor,
+) -> None:  # fmt: skip
+    require(not IS_310P, f"the operator does not exist on {SOC}")
+    require(x.dim() == 2 and x.shape[1] <= 2048, f"x must be [tokens, at most 2048 experts], not {tuple(x.shape)}")
+    require(renorm == 0, "renorm must be 0")
+    require(norm in (_SOFTMAX, _SIGMOID) and group_mode in (0, 1), f"norm_type {norm}, group_select_mode {group_mode}")
+    require(
+        x.shape[1] % groups == 0 and 1 <= k_group <= groups, f"{k_group} of {groups} groups of {x.shape[1]} experts"
+    )
+    require(groups == 1 or x.shape[1] // groups > 2, "a group must have more than two experts")
+    require(1 <= k <= x.shape[1] // groups * k_group, f"k {k} of {x.shape[1] // groups * k_group} experts")
+    require(bias is None or (bias.dtype == x.dtype and bias.shape == x.shape[1:]), "bias must fit x")
+
+
+@operator("MoeGatingTopK", check=_check_gating_top_k)
+def gating_top_k(
+    x: Tensor, bias: Tensor | None, k: int, k_group: int, groups: int, group_mode: int, renorm: int, norm: int,
+    with_norm: bool, factor: float, epsilon: float, y: Tensor, experts: Tensor, norm_out: Tensor,
+) -> None:  # fmt: skip
+    scores = x.float().softmax(-1) if norm == _SOFTMAX else x.float().sigmoid()
+    choice = scores if bias is None else scores + bias.float()
+    if groups > 1:
+        of_groups = choice.view(x.shape[0], groups, -1)
+        best = of_groups.amax(-1) if group_mode == 0 else of_groups.topk(2, -1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(k_group, -1).indices, True)
+        choice = of_groups.masked_fill(~kept[..., None], float("-inf")).view(x.shape)
+    chosen = choice.topk(k, -1).indices
+    weights = scores.gather(1, chosen)
+    if norm == _SIGMOID:
+        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
+    y.copy_(weights * factor), experts.copy_(chosen)
+    if with_norm:
+        norm_out.copy_(scores)
+
+
 def _check_init_routing(
     x: Tensor, experts: Tensor, scale: Tensor | None, offset: Tensor | None, active: int, capacity: int, count: int,
     drop_pad: int, tokens_type: int, tokens_flag: bool, quant: int, expert_range: Ints, row_type: int,
