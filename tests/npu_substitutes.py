@@ -146,6 +146,20 @@ class Substitutes:
         assert mask.shape == (MASK, MASK) and mask.dtype == q.dtype and mask[0, 1] < -1000 and mask[1, 1] == 0
         return self._tiles(q, k_cache, v_cache, table, lengths.tolist(), query_lengths.tolist(), kv_heads, scale)
 
+    def prompt_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, kv_heads: int, scale: float
+    ) -> Tensor:
+        self.calls["prompt_attention"] += 1
+        assert len(q) == len(k) == len(v) == int(lengths.sum()) and len(q) % 16 == 0 and k.shape[1] == kv_heads
+        assert lengths.dtype == torch.int32 and lengths.device.type == "cpu" and mask.dtype == q.dtype == torch.float16
+        assert all(x.is_contiguous() for x in (q, k, v, mask))
+        size = mask.shape[2]
+        assert mask.shape == (1, size // 16, size, 16) and 0 <= size - int(lengths.max()) < 16
+        square = mask[0].transpose(0, 1).reshape(size, size)
+        assert torch.equal(square < -1000, torch.ones(size, size).triu(1).bool())
+        parts = zip(*(x.split(lengths.tolist()) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(*part, scale, None) for part in parts])
+
     def _tiles(
         self,
         q: Tensor,

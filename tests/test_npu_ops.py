@@ -136,26 +136,48 @@ def test_attention_of_mixed_batches(
         assert library.calls["attention"] == 1
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_attention_of_a_310p(seed: int) -> None:
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(
+    ("contexts", "news", "called"),
+    [
+        ([3, 70, 128], [1, 1, 1], "decode_attention"),
+        ([0, 0], [5, 40], "prompt_attention"),  # 45 tokens: 3 are added
+        ([0, 0, 0], [16, 1, 15], "prompt_attention"),
+        ([9, 0, 64], [1, 7, 30], "chunk_attention"),
+        ([0], [2050], "chunk_attention"),  # longer than the mask of prompts
+    ],
+)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_a_layer_on_a_310p(head_dim: int, contexts: list[int], news: list[int], called: str, normed: bool) -> None:
     ops, library = make_operators(is_310p=True)
-    block_size, heads, kv_heads, head_dim = 64, 4, 2, 32
-    tables, contexts, news = batches(seed, block_size)
-    if seed == 5:
-        news = [1] * len(news)
-    meta = make_metadata(tables, contexts, news, block_size)
+    block_size, heads, kv_heads, blocks = 64, 4, 2, 40
+    ids = iter(random.Random(1).sample(range(1, blocks), blocks - 1))
+    tables = [[next(ids) for _ in range(-(-(c + n) // block_size))] for c, n in zip(contexts, news, strict=True)]
+    meta, plain_meta = (make_metadata(tables, contexts, news, block_size) for _ in range(2))
     assert ops.new_cache is not None
-    caches = [ops.new_cache(200, block_size, kv_heads, head_dim, FLOAT16, torch.device("cpu")) for _ in range(2)]
-    assert caches[0].shape == (200, kv_heads * head_dim // 16, block_size, 16)
-    plain = [randn(200, block_size, kv_heads, head_dim, dtype=FLOAT16, seed=s) for s in (1, 2)]
+    caches = [ops.new_cache(blocks, block_size, kv_heads, head_dim, FLOAT16, torch.device("cpu")) for _ in range(2)]
+    assert caches[0].shape == (blocks, kv_heads * head_dim // 16, block_size, 16)
+    plain = [randn(blocks, block_size, kv_heads, head_dim, dtype=FLOAT16, seed=s) for s in (1, 2)]
     for tiles, cache in zip(caches, plain, strict=True):
-        tiles.copy_(cache.view(200, block_size, -1, 16).transpose(1, 2))
-    q = randn(sum(news), heads, head_dim, dtype=FLOAT16, seed=3)
+        tiles.copy_(cache.view(blocks, block_size, -1, 16).transpose(1, 2))
+    tokens = sum(news)
+    qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=FLOAT16)
+    weights = [randn(head_dim, dtype=FLOAT16, seed=s) if normed else None for s in (4, 5)]
+    angles = torch.rand(tokens, 1, head_dim // 2) * 6
+    cos = torch.cat((angles.cos(), angles.cos()), -1).to(FLOAT16)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1).to(FLOAT16)
     ops.prepare_attention(meta, (None,), FLOAT16)
-    ours = ops.paged_attention(q, caches[0], caches[1], meta, 0.2, None)
-    theirs = reference.paged_attention(q, plain[0], plain[1], meta, 0.2, None)
-    torch.testing.assert_close(ours, theirs, atol=3e-3, rtol=3e-3)
-    assert set(library.calls) == {"decode_attention" if max(news) == 1 else "chunk_attention"}
+    scale = head_dim**-0.5
+    q = ops.norm_rotate_write(qkv, *weights, 1e-6, cos, sin, *caches, meta.slot_mapping)
+    ours = ops.paged_attention(q, caches[0], caches[1], meta, scale, None)
+    wanted_q = reference.norm_rotate_write(qkv, *weights, 1e-6, cos, sin, *plain, meta.slot_mapping)
+    theirs = reference.paged_attention(
+        wanted_q.float(), plain[0].float(), plain[1].float(), plain_meta, scale, None
+    )  # fmt: skip
+    torch.testing.assert_close(ours.float(), theirs, atol=4e-3, rtol=4e-3)
+    for tiles, cache in zip(caches, plain, strict=True):
+        torch.testing.assert_close(tiles.transpose(1, 2).reshape(cache.shape), cache, atol=4e-3, rtol=4e-3)
+    assert [name for name in library.calls if name.endswith("attention")] == [called]
 
 
 def test_rows_of_one_query_go_together() -> None:

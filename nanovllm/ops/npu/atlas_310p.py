@@ -1,7 +1,8 @@
 """Everything on an Atlas 310P (300I Duo, 300I Pro, 300V): float16, a cache in tiles of 16 numbers, launch by launch.
 
-The cache is [num_blocks, Hk * D / 16, block_size, 16], so that blocks are still the first dimension. Decodes and longer
-rows have an operator each; what is fresh, a chunk or a mixture goes through the second. Neither knows a sliding window.
+The cache is [num_blocks, Hk * D / 16, block_size, 16], so that blocks are still the first dimension. There are three
+operators for attention: for decodes; for whole prompts, which need no cache; and for everything else (chunks, prompts
+with a cached prefix, mixtures). None knows a sliding window.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.errors import ParameterError
@@ -35,10 +37,14 @@ class TilesPlan:
     Attributes:
         lengths: keys of each row, int32 [B] on the device.
         query_lengths: int32 [B] on the host; None if every row has one query.
+        prompt_mask: for a step of whole prompts, what is added to the scores of the longest, in tiles.
+        padding: tokens that a step of whole prompts lacks to a multiple of 16; its last row has them in addition.
     """
 
     lengths: Tensor
     query_lengths: Tensor | None
+    prompt_mask: Tensor | None = None
+    padding: int = 0
 
 
 class Atlas310P:
@@ -53,6 +59,8 @@ class Atlas310P:
         self._unsigned = UnsignedSin()
         self._mask: Tensor | None = None
         self._slots: tuple[Tensor, Tensor] | None = None
+        self._prompt_mask: Tensor | None = None
+        self._fresh: tuple[Tensor, Tensor] | None = None  # what norm_rotate_write has just written
 
     def operators(self) -> Operators:
         """The operator table; nothing is recorded."""
@@ -120,7 +128,9 @@ class Atlas310P:
             q, k = library.rotate_both(q.contiguous(), k.contiguous(), cos, self._unsigned(sin))
         else:
             q, k = reference.rotary(q, k, cos, sin)
-        library.write_kv_tiles(k.contiguous(), v.contiguous(), k_cache, v_cache, self._narrow(slot_mapping))
+        k, v = k.contiguous(), v.contiguous()
+        library.write_kv_tiles(k, v, k_cache, v_cache, self._narrow(slot_mapping))
+        self._fresh = k, v
         return q
 
     def _narrow(self, slots: Tensor) -> Tensor:
@@ -132,9 +142,17 @@ class Atlas310P:
 
     def prepare_attention(self, meta: AttentionMetadata, windows: Sequence[int | None], dtype: torch.dtype) -> None:
         """See ``reference.prepare_attention``."""
-        lengths = to_device(np.array(meta.seq_lens, np.int32), meta.block_table.device)
-        queries = None if meta.max_query_len == 1 else torch.from_numpy(np.diff(meta.query_start_loc).astype(np.int32))
-        meta.backend = TilesPlan(lengths, queries)
+        device = meta.block_table.device
+        lengths = to_device(np.array(meta.seq_lens, np.int32), device)
+        if meta.max_query_len == 1:
+            meta.backend = TilesPlan(lengths, None)
+            return
+        queries = np.diff(meta.query_start_loc).astype(np.int32)
+        plan = meta.backend = TilesPlan(lengths, torch.from_numpy(queries))
+        padding = -meta.query_start_loc[-1] % _TILE
+        if queries.tolist() == meta.seq_lens and meta.max_seq_len + padding <= _MASK:
+            queries[-1] += padding
+            plan.padding, plan.prompt_mask = padding, self._tiled_mask(int(queries.max()), dtype, device)
 
     def paged_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None
@@ -147,10 +165,25 @@ class Atlas310P:
         q, caches = q.contiguous(), (k_cache, v_cache, meta.block_table, plan.lengths)
         if plan.query_lengths is None:
             return self._library.decode_attention(q, *caches, kv_heads, scale)
-        return self._library.chunk_attention(q, *caches, plan.query_lengths, self._causal_mask(q), kv_heads, scale)
+        if plan.prompt_mask is None:
+            mask = self._causal_mask(q.dtype, q.device)
+            return self._library.chunk_attention(q, *caches, plan.query_lengths, mask, kv_heads, scale)
+        assert self._fresh is not None  # a layer writes its keys and values before it attends to them
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, plan.padding)) if plan.padding else x for x in (q, *self._fresh))
+        out = self._library.prompt_attention(q, k, v, plan.query_lengths, plan.prompt_mask, kv_heads, scale)
+        return out[: len(out) - plan.padding]
 
-    def _causal_mask(self, q: Tensor) -> Tensor:
+    def _causal_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What is added to scores: one for all layers and steps."""
-        if self._mask is None or self._mask.device != q.device:
-            self._mask = torch.full((_MASK, _MASK), _HIDDEN, dtype=q.dtype, device=q.device).triu_(1)
+        if self._mask is None or self._mask.device != device:
+            self._mask = torch.full((_MASK, _MASK), _HIDDEN, dtype=dtype, device=device).triu_(1)
         return self._mask
+
+    def _tiled_mask(self, longest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The first rows and columns of the mask, [1, S / 16, S, 16]; S is ``longest`` rounded up."""
+        size = -(-longest // _TILE) * _TILE
+        if self._prompt_mask is None or self._prompt_mask.shape[2] != size:
+            square = self._causal_mask(dtype, device)[:size, :size]
+            tiles = square.unflatten(1, (-1, _TILE)).transpose(0, 1).contiguous()
+            self._prompt_mask = self._library.to_tiles(tiles.unsqueeze(0))
+        return self._prompt_mask
