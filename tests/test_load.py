@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts files an
 @pytest.fixture(scope="module")
 def server() -> Iterator[LoadServer]:
     """Some of its engine's steps fail, at any time; nobody must notice."""
-    settings = EngineSettings(seconds=0.01, num_blocks=1500, fault_rate=0.02)
+    settings = EngineSettings(seconds=0.01, num_blocks=600, fault_rate=0.02)
     options = ("--max-num-seqs", "48", "--max-num-queued-reqs", "300", "--client-timeout", "5")
     with LoadServer(*options, engine=settings) as made:
         yield made
@@ -32,7 +32,7 @@ def test_many_streams_are_held_at_once(server: LoadServer):
 
 
 def test_everything_at_random_leaves_nothing_behind(server: LoadServer):
-    figures = scenarios.run(scenarios.soak(server, seconds=6.0, clients=24, warm_up=4.0))
+    figures = scenarios.run(scenarios.soak(server, seconds=5.0, clients=24, warm_up=3.0))
     assert figures["faults"]["step_failed"] > 0 and figures["faults"]["out_of_memory"] > 0
     assert len([name for name in figures["requests"] if name.startswith("malformed")]) > 8
 

@@ -55,7 +55,7 @@ def overload(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
-    engine = EngineSettings(seconds=0.005, num_blocks=1500, fault_rate=0.01)
+    engine = EngineSettings(seconds=0.005, num_blocks=600, fault_rate=0.01)
     with LoadServer("--max-num-seqs", "32", "--client-timeout", "5", engine=engine) as server:
         return scenarios.run(scenarios.soak(server, options.seconds, options.clients, options.seconds / 3))
 

@@ -85,7 +85,7 @@ def build_app(engine: AsyncLLM, args: ServeArgs, tracer: Tracer | None = None) -
 def _add_middleware(app: FastAPI, args: ServeArgs) -> None:
     """From the handlers outwards: what is added last sees a request first."""
     app.add_middleware(CatchFaults)
-    app.add_middleware(LimitBody, limit=args.max_request_body_size)
+    app.add_middleware(LimitBody, limit=args.max_request_body_size, memory=app.state.context.memory)
     if args.enable_server_load_tracking:
         app.add_middleware(CountLoad, context=app.state.context)
     for name in args.middleware:

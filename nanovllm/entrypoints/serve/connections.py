@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +126,22 @@ def _waits_at(connection: Any) -> object | None:
     The head of a request has to come as a whole in time, a byte now and then does not count.
     """
     if unsent := connection.transport.get_write_buffer_size():
-        return unsent
+        return unsent, _queued(connection.transport)
     cycle = connection.cycle
     if cycle is None:
         return "first request"
     if cycle.response_complete:  # a timer of uvicorn's runs until the next request begins to come
         return ("next request", id(cycle)) if connection.timeout_keep_alive_task is None else None
     return ("body", connection.num_received) if cycle.more_body and not connection.flow.read_paused else None
+
+
+def _queued(transport: asyncio.Transport) -> int:
+    """Bytes in the kernel that the client has not taken: it makes room in lumps of a megabyte, this goes by bytes."""
+    try:
+        import fcntl
+        import termios
+
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except (ImportError, OSError):  # Windows; another kind of socket
+        return 0
+    return int.from_bytes(queued, sys.byteorder)

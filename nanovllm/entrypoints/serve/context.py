@@ -16,6 +16,7 @@ from nanovllm import __version__
 from nanovllm.entrypoints.serve.admission import Admission
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.errors import ServeError
+from nanovllm.entrypoints.serve.memory import Memory
 from nanovllm.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class ServeContext:
         engine: the engine behind the server.
         args: the server's settings.
         admission: who is let in.
+        memory: gives back what large requests and floods leave behind.
         model_names: names the model answers to; the first is the one answers carry.
         created: seconds since the epoch when the server was made.
         load: requests of the generating endpoints under way.
@@ -49,6 +51,7 @@ class ServeContext:
     load: int = 0
     draining: bool = False
     admission: Admission = field(init=False)
+    memory: Memory = field(default_factory=Memory)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _warned: set[str] = field(default_factory=set)
 

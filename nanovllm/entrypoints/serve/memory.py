@@ -1,4 +1,4 @@
-"""Memory given back after large requests."""
+"""Memory given back after large requests and after floods."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from functools import cache
 
 MOST_KEPT = 4 << 20  # bytes of bodies after which memory is given back
+LITTLE = 1 << 18  # bytes of bodies that are not worth a pause
+FLOOD = 256  # connections; what fewer leave behind is not worth one either
 
 
-class GiveBack:
-    """Counts bytes of bodies, and gives memory back now and then.
+class Memory:
+    """Counts what requests leave behind, and gives memory back now and then.
 
     What goes wrong with a body refers to itself, by way of the exception and its frames, and to the body. The
     collector counts objects, and such garbage is few and large: so it is called by the bytes. A tokenizer takes a
@@ -19,17 +21,30 @@ class GiveBack:
     """
 
     def __init__(self) -> None:
-        self._num_bytes = 0
+        self._num_bytes = 0  # of bodies since memory was given back
+        self._peak = 0  # connections since then
 
     def dealt_with(self, num_bytes: int) -> None:
         """A request with a body of so many bytes has ended."""
         self._num_bytes += num_bytes
         if self._num_bytes > MOST_KEPT:
-            self._num_bytes = 0
-            gc.collect(1)  # it is young
-            trim = _malloc_trim()
-            if trim is not None:
-                trim(0)
+            self._give_back(1)  # it is young
+
+    def look(self, num_connections: int) -> None:
+        """There are so many connections now. After a flood, or when there is nothing to do, memory is given back."""
+        self._peak = max(self._peak, num_connections)
+        after_flood = self._peak >= FLOOD and num_connections < self._peak // 4
+        at_rest = num_connections == 0 and self._num_bytes > LITTLE
+        if after_flood or at_rest:
+            self._peak = num_connections
+            self._give_back(2)
+
+    def _give_back(self, generation: int) -> None:
+        self._num_bytes = 0
+        gc.collect(generation)
+        trim = _malloc_trim()
+        if trim is not None:
+            trim(0)
 
 
 @cache

@@ -12,7 +12,7 @@ from nanovllm.entrypoints.serve import inspector
 from nanovllm.entrypoints.serve.admission import GENERATING, Admission, digest
 from nanovllm.entrypoints.serve.context import ServeContext
 from nanovllm.entrypoints.serve.errors import ServeError, as_serve_error
-from nanovllm.entrypoints.serve.memory import GiveBack
+from nanovllm.entrypoints.serve.memory import Memory
 from nanovllm.errors import ParameterError
 
 # Open without a key: they neither run the model nor tell of its users.
@@ -107,10 +107,10 @@ class Admit:
 class LimitBody:
     """Refuses bodies of more bytes than ``limit``, whether their length is announced or not."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, memory: Memory) -> None:
         self.app = app
         self._limit = limit
-        self._memory = GiveBack()
+        self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

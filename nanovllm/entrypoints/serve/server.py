@@ -65,6 +65,7 @@ class Server(uvicorn.Server):
         while not self.should_exit and not self._engine.errored:
             await self.on_tick(0)  # the Date header
             self._connections.look(self.server_state.connections)
+            self._context.memory.look(len(self.server_state.connections))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK)
 
