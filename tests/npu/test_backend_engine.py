@@ -150,6 +150,34 @@ def test_scheduling_does_not_change_tokens(models: Any, options: dict[str, Any])
     assert_likeliest(model, generate(path, **options))
 
 
+@pytest.mark.parametrize("soc", [pytest.param(soc, marks=emulated(soc=soc)) for soc in ("Ascend910B2", "Ascend310P3")])
+def test_memory_decides_how_many_blocks_there_are(models: Any, soc: str) -> None:
+    """The largest step is tried at the start; the cache takes what it leaves of the share of the device's memory."""
+    path, model = models("qwen3", 128)
+    settings: dict[str, Any] = {"max_num_batched_tokens": 300, "max_model_len": 200, "max_num_seqs": 4}
+    before = torch.npu.memory_allocated()
+    with LLM(str(path), device="npu", skip_tokenizer_init=True, gpu_memory_utilization=0.5, **settings) as llm:
+        executor: Any = llm.llm_engine.core.executor
+        assert executor.num_blocks == 4 * 2 + 1  # more could never be used
+        assert executor.kv_cache_bytes <= torch.npu.memory_allocated() - before < 2**30
+        assert_likeliest(model, greedy(llm, PROMPTS))
+    gc.collect()
+    assert torch.npu.memory_allocated() <= before + 2**20  # closing gives it back
+
+
+@emulated
+def test_outputs_share_a_prompt_and_its_last_block_is_copied(models: Any) -> None:
+    path, _ = models("qwen3", 128)
+    params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=6, ignore_eos=True, detokenize=False)
+    found = []
+    for eager in (True, False):
+        settings: dict[str, Any] = {"num_gpu_blocks_override": 60, "max_model_len": 256, "enforce_eager": eager}
+        with LLM(str(path), device="npu", skip_tokenizer_init=True, **settings) as llm:
+            outputs = llm.generate([{"prompt_token_ids": PROMPTS[2]}], params, use_tqdm=False)[0].outputs
+        found.append([list(output.token_ids) for output in outputs])
+    assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) == 3
+
+
 # ---- graphs ---------------------------------------------------------------------------------------------------------
 
 
