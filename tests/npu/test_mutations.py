@@ -141,6 +141,14 @@ def _strided_values(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(npu_ops, "write_kv", lambda k, v, *rest: right(k, strided(v), *rest))
 
 
+def _strided_queries(patch: pytest.MonkeyPatch) -> None:
+    from nanovllm.ops.npu import npu_ops
+
+    right = npu_ops.attention
+    strided = lambda q: torch.cat((q, q), -1)[..., :DIM]  # noqa: E731
+    patch.setattr(npu_ops, "attention", lambda q, *rest, **keywords: right(strided(q), *rest, **keywords))
+
+
 def _attention_with(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
     def mutate(patch: pytest.MonkeyPatch) -> None:
         from nanovllm.ops.npu import npu_ops
@@ -176,6 +184,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str | None]] = {
     "cache mode left at PA_NZ": (_default_cache_mode, "cache_mode PA_NZ"),
     "scale left at 1": (_attention_with(scale=lambda _: 1.0), WRONG),
     "values strided": (_strided_values, "value must be contiguous"),
+    "queries strided": (_strided_queries, "query must be contiguous"),
     "block table past the end": (_attention_with(block_table=lambda t: t + 4), "MTE DDR address out of range: block"),
     "block table of a neighbour": (_attention_with(block_table=lambda t: t.flip(0)), WRONG),
     "mask forgotten": (_attention_with(mask=lambda _: None), WRONG),
