@@ -346,7 +346,7 @@ CONSTRAINTS = [
     ({"guided_regex": "[0-9]{3}"}, lambda text: text.isdigit() and len(text) == 3),
     ({"guided_choice": ["north", "south"]}, lambda text: text in ("north", "south")),
     ({"structured_outputs": {"choice": ["up", "down"]}}, lambda text: text in ("up", "down")),
-    ({"guided_grammar": 'start: "(" start ")" | "z"'}, lambda text: text.strip("()") == "z"),
+    ({"guided_grammar": 'start: "(" end ")"\nend: "z" | "y" "z"'}, lambda text: text in ("(z)", "(yz)")),
 ]
 
 
