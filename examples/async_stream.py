@@ -22,8 +22,8 @@ async def main() -> None:
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model="demo"))
     try:
         await asyncio.gather(
-            ask(llm, "first", "Paged attention is", most_tokens=1000),
-            ask(llm, "second", "The scheduler", most_tokens=8),
+            ask(llm, "first", "What is paged attention?", most_tokens=1000),
+            ask(llm, "second", "What is a scheduler?", most_tokens=8),
         )
     finally:
         llm.shutdown()

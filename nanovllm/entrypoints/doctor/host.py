@@ -37,8 +37,8 @@ def check_torch(torch: probes.Answer) -> Iterator[Finding]:
     if plug_ins and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0":
         with_plug_ins = probes.ask("import torch; print('{}')", autoload=True)
         if with_plug_ins.value is None:
-            missing = probes.missing_libraries(with_plug_ins.log)
-            reason = f"{missing[0]}: not found" if missing else with_plug_ins.failure
+            libraries = probes.missing_libraries(with_plug_ins.log)
+            reason = f"{libraries[0]}: not found" if libraries else with_plug_ins.failure
             yield warning(
                 "import torch",
                 f"fails, since it loads an installed plug-in ({', '.join(plug_ins)}) that is broken: {reason}",
