@@ -23,8 +23,8 @@ from nanovllm.engine.block_pool import BlockPool
 from nanovllm.engine.fair_queue import FairQueue
 from nanovllm.engine.kv_cache import KVCacheManager
 from nanovllm.engine.plan import EngineOutput, RowStart, StepPlan, StepResult
-from nanovllm.engine.repetition import ends_in_repetition
 from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.stop import check_stop
 from nanovllm.engine.suspects import Suspects
 from nanovllm.errors import ParameterError
 
@@ -359,7 +359,7 @@ class Scheduler:
             if complete and sample in complete:
                 output.finish_reason = "stop"
             else:
-                self._check_stop(request, token, output)
+                check_stop(request, token, output)
             if output.finish_reason is not None:
                 self._finish(request, output.finish_reason)
                 any_finished = True
@@ -414,25 +414,6 @@ class Scheduler:
             self._most_tokens = self.config.max_num_batched_tokens
         self._finish(accused[0], "error")
         return [EngineOutput(accused[0].request_id, [], "error", message)]
-
-    def _check_stop(self, request: Request, token: int, output: EngineOutput) -> None:
-        """EOS, stop ids, length, repetition, in this order; nothing but length ends a request below min_tokens."""
-        length = len(request.token_ids)
-        if length >= request.min_total:
-            if token in request.eos_token_ids:
-                output.finish_reason = "stop"
-                return
-            if token in request.stop_token_ids:
-                output.finish_reason, output.stop_reason = "stop", token
-                return
-        if length >= request.max_total:
-            output.finish_reason = "length"
-        elif (
-            (detection := request.params.repetition_detection) is not None
-            and length >= request.min_total
-            and ends_in_repetition(request.token_ids, request.num_prompt_tokens, detection)
-        ):
-            output.finish_reason = "repetition"
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
 
