@@ -40,11 +40,11 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
     if options.real:
         size = ("--max-num-seqs", str(options.streams), "--max-num-batched-tokens", str(max(2048, options.streams)))
         with LoadServer(*size, "--max-model-len", "512") as server:
-            return scenarios.run(scenarios.hold(server, options.streams, options.tokens, known=False))
+            return scenarios.run(scenarios.hold(server, options.streams, options.tokens or 480, known=False))
     engine = EngineSettings(seconds=0.5, num_blocks=40 * options.streams, check=False)
     size = ("--max-num-seqs", str(options.streams), "--max-num-batched-tokens", str(max(16384, options.streams)))
     with LoadServer(*size, "--max-model-len", "512", engine=engine) as server:
-        return scenarios.run(scenarios.hold(server, options.streams, options.tokens))
+        return scenarios.run(scenarios.hold(server, options.streams, options.tokens or 60))
 
 
 def overload(options: argparse.Namespace) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def main() -> int:
     )
     parser.add_argument("scenario", nargs="*", choices=[*NAMES, []], metavar="SCENARIO", help="default: all")
     parser.add_argument("--streams", type=int, default=1000, help="of hold (default: 1000)")
-    parser.add_argument("--tokens", type=int, default=60, help="of every stream of hold (default: 60)")
+    parser.add_argument("--tokens", type=int, help="of every stream of hold (default: 60; 480 with --real)")
     parser.add_argument("--seconds", type=float, default=180.0, help="of soak, and of overload up to 60 (default: 180)")
     parser.add_argument("--clients", type=int, default=64, help="of soak (default: 64)")
     parser.add_argument("--factor", type=float, default=10.0, help="of overload (default: 10)")
