@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,7 +45,15 @@ def libraries() -> Path:
             except OSError:  # another process was faster
                 if not folder.is_dir():
                     raise
+        _remove_old(folder)
     return folder
+
+
+def _remove_old(current: Path) -> None:
+    """Builds of other sources, but for those of today: they may be in use."""
+    for other in home().glob("cann-*"):
+        if other != current and time.time() - other.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _build(folder: Path) -> None:
