@@ -156,8 +156,8 @@ def test_bad_requests_are_refused_and_leave_nothing(engine: AsyncLLM):
     asyncio.run(main())
 
 
-def test_a_failed_step_is_told_to_its_requests_and_the_engine_goes_on():
-    engine = make_engine(FakeExecutor(num_blocks=200, failing_steps=frozenset({3})))
+def test_whoever_makes_every_step_fail_is_told_and_the_engine_goes_on():
+    engine = make_engine(FakeExecutor(num_blocks=200, failing_steps=frozenset(range(3, 10))))
 
     async def main() -> None:
         with pytest.raises(EngineGenerateError, match="on fire"):
