@@ -10,7 +10,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from serving import Served, parsing_server, served
 
 SUM: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -24,7 +24,7 @@ GREEDY: Any = {"temperature": 0}  # not every version of Anthropic's client has 
 
 
 class Sum(BaseModel):
-    result: int
+    result: int = Field(ge=0, le=99)  # a small model would write digits without end
 
 
 @pytest.fixture(scope="module")

@@ -182,12 +182,15 @@ print(peak() - before)
 @pytest.mark.skipif(not supported_instruction_sets(), reason="the C++ kernels are not built")
 @pytest.mark.parametrize(
     ("quantization", "stored", "most"),
-    [("", torch.bfloat16, 1.2), ("", torch.float32, 1.4), ("int8", torch.bfloat16, 1.0)],
+    [("", torch.bfloat16, 1.2), ("", torch.float32, 1.6), ("int8", torch.bfloat16, 1.0)],
 )
 def test_there_are_never_two_copies_of_the_weights(
     quantization: str, stored: torch.dtype, most: float, tmp_path: Path
 ) -> None:
-    """The peak beyond what the process takes anyway, relative to the weights in bfloat16."""
+    """The peak beyond what the process takes anyway, relative to the weights in bfloat16.
+
+    Stored in float32, the head alone is half as large as they are.
+    """
     config = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": 32_000,
