@@ -10,6 +10,19 @@ from functools import cache
 MOST_KEPT = 4 << 20  # bytes of bodies after which memory is given back
 LITTLE = 1 << 18  # bytes of bodies that are not worth a pause
 FLOOD = 256  # connections; what fewer leave behind is not worth one either
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+
+
+def share_pools() -> None:
+    """Have glibc's threads share two pools of memory, and give large blocks back as soon as they are free.
+
+    By default every thread has a pool of its own, which keeps what its largest request took, and blocks count as large
+    only beyond the largest that was ever freed. Pools that threads have already stay theirs.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 2)
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 class Memory:
@@ -42,16 +55,16 @@ class Memory:
     def _give_back(self, generation: int) -> None:
         self._num_bytes = 0
         gc.collect(generation)
-        trim = _malloc_trim()
+        trim = _glibc("malloc_trim")
         if trim is not None:
             trim(0)
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """Glibc's function that returns free memory to the system; None with other C libraries."""
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc's allocator; None with other C libraries."""
     try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
-    return trim
+    return function

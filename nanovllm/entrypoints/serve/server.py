@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from nanovllm.entrypoints.serve.args import ServeArgs
 from nanovllm.entrypoints.serve.connections import ACCEPTED_AT_ONCE, Connections
 from nanovllm.entrypoints.serve.listener import address, raise_file_limit
+from nanovllm.entrypoints.serve.memory import share_pools
 
 if TYPE_CHECKING:
     from nanovllm.engine.async_llm import AsyncLLM
@@ -104,6 +105,7 @@ async def serve(app: FastAPI, engine: AsyncLLM, listener: socket.socket) -> int:
     """
     context: ServeContext = app.state.context
     args = context.args
+    share_pools()
     connections = Connections(engine.stats, args.client_timeout, raise_file_limit())
     server = Server(_uvicorn_config(app, args, connections), engine, context, connections)
     logging.getLogger("uvicorn").handlers = logging.getLogger("nanovllm").handlers.copy()
