@@ -153,14 +153,13 @@ class ModelRunner:
 
         Raises what the device raises if it takes no further work.
         """
-        on_device = self.device.type != "cpu"
-        device = torch.get_device_module(self.device)
-        if on_device:
+        device = None if self.device.type == "cpu" else torch.get_device_module(self.device)
+        if device is not None:
             device.synchronize()
         release = getattr(self.forward, "release", None)  # what is recorded holds memory, and may be to blame
         if release is not None:
             release()
-        if on_device:
+        if device is not None:
             device.empty_cache()
 
     def execute(self, plan: StepPlan) -> StepResult:

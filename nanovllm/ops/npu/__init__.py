@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,7 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
         return Atlas310P(base, library).operators()
     from nanovllm.ops.npu.attention import FusedAttention
     from nanovllm.ops.npu.elementwise import NpuElementwise
+    from nanovllm.ops.npu.fused import with_fused
 
     elementwise, attention = NpuElementwise(base, library), FusedAttention(library)
     table = replace(
@@ -69,11 +69,7 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
         tune=attention.tune,
         choose_by_sorting=True,
     )
-    if os.environ.get("NANOVLLM_ASCEND_FUSED") == "1":  # it needs Triton, which others must not need
-        from nanovllm.ops.npu.fused import with_fused
-
-        table = with_fused(table)
-    return table
+    return with_fused(table)
 
 
 def _record(
