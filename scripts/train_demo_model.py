@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,7 @@ EVALUATION = (*HELD_OUT, "questions.py", "facts.py")
 
 
 Row = list[tuple[list[int], float]]  # a text: its parts as token ids, with the weights of their losses
+Forward = Callable[[Tensor, Tensor], Tensor]  # logits of token ids at positions: the model, compiled or not
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "demo", help="working folder (default: build/demo)"
     )
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps (default: 8000)")
+    parser.add_argument("--steps", type=int, default=12000, help="optimiser steps (default: 12000)")
     parser.add_argument("--step-tokens", type=int, default=3072, help="tokens per step, padding included")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument(
@@ -87,6 +88,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--tokenizer", type=Path, default=None, help="use this tokenizer.json instead of training one")
+    parser.add_argument(
+        "--eager", action="store_true", help="without torch.compile: no C++ compiler needed, but a third slower"
+    )
     parser.add_argument("--small", action="store_true", help="the small sibling, for speculative decoding")
     parser.add_argument("--install", action="store_true", help="copy the finished model into the package and end")
     args = parser.parse_args()
@@ -145,8 +149,11 @@ def row_length(row: Row) -> int:
 def make_batch(rows: list[Row], place: tuple[int, int] = (0, 0)) -> Batch:
     """A batch of texts; a token's weight is that of its part, the first token of a text has none."""
     length = max(map(row_length, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    weights = torch.zeros(len(rows), length)
+    height = max(
+        len(rows), 2
+    )  # a lone text gets an empty one beside it: one compiled program serves every height but 1
+    ids = torch.zeros(height, length, dtype=torch.int64)
+    weights = torch.zeros(height, length)
     for number, row in enumerate(rows):
         end = row_length(row)
         ids[number, :end] = torch.tensor([token for part, _ in row for token in part])
@@ -180,6 +187,7 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
         changes = state["changes"] + (state["made_with"] != made_with)
         made_with = state["made_with"]
     parameters = list(model.parameters())
+    forward = model if args.eager else compiled(model, args.device)
     workers = ThreadPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,))
     stream = batches(corpus, tokenizer, args.seed, args.step_tokens // 2, place)
     progress = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True)
@@ -193,7 +201,7 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
         pair = [next(stream), next(stream)]
         place = pair[-1].place
         total = sum(float(batch.weights.sum()) for batch in pair)
-        results = list(workers.map(partial(gradients, model, parameters, total, args.device), pair))
+        results = list(workers.map(partial(gradients, forward, parameters, total, args.device), pair))
         for number, parameter in enumerate(parameters):
             parameter.grad = results[0][1][number] + results[1][1][number]
         loss_sum += sum(loss for loss, _ in results)
@@ -225,18 +233,26 @@ def train(args: argparse.Namespace, shape: Shape, corpus: Corpus, tokenizer: Tok
     return Trained(model, shape, log, made_with, changes)
 
 
+def compiled(model: Qwen3, device: str) -> Forward:
+    """``model`` compiled for batches of any size, on one of a fixed size: the code depends on no batch of the run."""
+    forward: Forward = torch.compile(model, dynamic=True)
+    rows: list[Row] = [[([1] * 40, 0.0), ([2] * 40, 1.0)]] * 19
+    gradients(forward, list(model.parameters()), 1.0, device, make_batch(rows))
+    return forward
+
+
 def gradients(
-    model: Qwen3, parameters: list[Tensor], total: float, device: str, batch: Batch
+    forward: Forward, parameters: list[Tensor], total: float, device: str, batch: Batch
 ) -> tuple[float, tuple[Tensor, ...]]:
     """The loss of ``batch`` over ``total``, the weight of the whole step, and its gradients."""
-    loss = batch_loss(model, batch, device) / total
+    loss = batch_loss(forward, batch, device) / total
     return loss.item(), torch.autograd.grad(loss, parameters)
 
 
-def batch_loss(model: Qwen3, batch: Batch, device: str) -> Tensor:
+def batch_loss(forward: Forward, batch: Batch, device: str) -> Tensor:
     """The weighted sum of the cross entropies."""
     with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, cache_enabled=False):
-        logits = model(batch.ids.to(device), batch.at.to(device))
+        logits = forward(batch.ids.to(device), batch.at.to(device))
     losses = F.cross_entropy(logits.float(), batch.targets.to(device), reduction="none")
     return (losses * batch.weights.to(device)).sum()
 

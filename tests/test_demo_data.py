@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -301,6 +302,23 @@ def test_batches_pad_on_the_right_and_weigh_the_answer() -> None:
     assert batch.at.tolist() == [0, 1, 2, 3, 5]
     assert batch.targets.tolist() == [6, 7, 8, 9, 6]
     assert batch.weights.tolist() == pytest.approx([0.1, 0.1, 1, 1, 1])
+    lone = train.make_batch([[([5, 6], 0.0), ([7], 1.0)]])
+    assert lone.ids.tolist() == [[5, 6, 7], [0, 0, 0]] and lone.at.tolist() == [1] and lone.targets.tolist() == [7]
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_model_trains_as_the_eager_one() -> None:
+    train = pytest.importorskip("train_demo_model")
+    torch = pytest.importorskip("torch")
+    model = train.Qwen3(replace(train.SMALL, hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+    forward, parameters = train.compiled(model, "cpu"), list(model.parameters())
+    for height in (1, 5):
+        batch = train.make_batch([[([3, 4 + row, 5], 0.1), ([6, 7 + row], 1.0)] for row in range(height)])
+        loss, gradients = train.gradients(model, parameters, 1.0, "cpu", batch)
+        same_loss, same_gradients = train.gradients(forward, parameters, 1.0, "cpu", batch)
+        assert same_loss == pytest.approx(loss, rel=1e-2)
+        for ours, theirs in zip(same_gradients, gradients, strict=True):
+            assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.99
 
 
 def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +328,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(train, "CHUNK", 40)
     monkeypatch.setattr(train, "SMALL", replace(train.SMALL, hidden_size=16, intermediate_size=16, head_dim=8))
     monkeypatch.setattr(train, "schedule", lambda step, steps, decay: 1.0)
-    options = ["train", "--small", "--step-tokens", "800", "--checkpoint-every", "10"]
+    options = ["train", "--small", "--eager", "--step-tokens", "800", "--checkpoint-every", "10"]
     options += ["--tokenizer", str(ASSETS / "tokenizer.json")]
     for folder, steps in (("whole", "30"), ("parts", "10"), ("parts", "30")):
         monkeypatch.setattr(sys, "argv", [*options, "--out", str(tmp_path / folder), "--steps", steps])
@@ -322,7 +340,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
 def test_training_lowers_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = pytest.importorskip("train_demo_model")
     monkeypatch.setattr(train, "CHUNK", 40)
-    options = ["train", "--small", "--step-tokens", "800", "--out", str(tmp_path), "--steps", "60"]
+    options = ["train", "--small", "--eager", "--step-tokens", "800", "--out", str(tmp_path), "--steps", "60"]
     monkeypatch.setattr(sys, "argv", [*options, "--tokenizer", str(ASSETS / "tokenizer.json")])
     train.main()
     losses = [entry["loss"] for entry in json.loads((tmp_path / "log.json").read_text())]

@@ -22,12 +22,12 @@ from .tools import call_text, draw_case, draw_value, new_name
 # The shares of the kinds of examples, about percents.
 SHARES = {
     "question": 36,
-    "raw": 10,
+    "raw": 9,
     "thought": 6,
-    "follow": 8,
-    "sum": 11,
+    "follow": 7,
+    "sum": 9,
     "drill": 2,
-    "tool": 17,
+    "tool": 21,
     "echo": 6,
     "unknown": 4,
     "name": 2,
