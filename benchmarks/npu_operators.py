@@ -37,7 +37,7 @@ def operators(setup: Setup) -> dict[str, Any]:
             raised[name] = f"{type(fault).__name__}: {fault}"
 
     for rows in (1, 7, setup.few(300, 20)):
-        for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "linear"):
+        for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "linear", "linear_parts"):
             check(name, lambda name=name, rows=rows: _elementwise(name, Inputs(setup, draw), ops, rows))
     for heads, kv_heads, size in ((16, 8, 128), (8, 2, 64)):
         for norms in (True, False):
@@ -73,7 +73,13 @@ def _elementwise(name: str, inputs: Inputs, ops: Any, rows: int) -> Pairs:
         yield ops.gelu_and_mul(x, "tanh"), reference.gelu_and_mul(x32, "tanh")
     else:
         weight, weight32 = inputs(384, 1024, scale=0.05)
-        yield ops.linear(x, ops.pack_linear(weight), None), reference.linear(x32, weight32, None)
+        theirs = reference.linear(x32, weight32, None)
+        if name == "linear":
+            yield ops.linear(x, ops.pack_linear(weight), None), theirs
+        elif ops.linear_parts is not None:
+            widths = [192, 128, 64]
+            parts = ops.linear_parts(x, ops.pack_linear(weight), None, widths)
+            yield from zip(parts, theirs.split(widths, 1), strict=True)
 
 
 @dataclass

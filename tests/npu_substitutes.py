@@ -7,6 +7,7 @@ masks in shape, lengths that fit. ``calls`` counts them, as an NPU would launch 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ class Substitutes:
     def silu_and_mul(self, x: Tensor) -> Tensor:
         self.calls["silu_and_mul"] += 1
         return reference.silu_and_mul(x)
+
+    def grouped_linear(self, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        self.calls["grouped_linear"] += 1
+        assert x.dim() == 2 and x.is_contiguous() and x.dtype in (torch.float16, torch.bfloat16)
+        assert all(w.dtype == x.dtype and w.shape[1] == x.shape[1] < 65536 and w.is_contiguous() for w in weights)
+        return [x @ weight.t() for weight in weights]
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         self.calls["rotate"] += 1

@@ -62,11 +62,17 @@ class Attention:
         self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]; the new tokens' keys and values are in the cache afterwards."""
-        heads = self.heads
-        qkv = self.qkv(x).view(x.shape[0], -1, heads.head_dim)  # [T, H + 2 Hk, D]
+        qkv = self._project(x)
         q_weight, k_weight = (norm and norm.weight for norm in (self.q_norm, self.k_norm))
         q = self.ops.norm_rotate_write(
             qkv, q_weight, k_weight, self.qk_norm_eps, cos, sin, k_cache, v_cache, meta.slot_mapping
         )  # [T, H, D]
         out = self.ops.paged_attention(q, k_cache, v_cache, meta, self.scale, self.window)  # [T, H, D]
         return self.output(out.flatten(1))
+
+    def _project(self, x: Tensor) -> Tensor | list[Tensor]:
+        """x [T, hidden] -> q | k | v [T, H + 2 Hk, D], or a list of the three where the device wants them apart."""
+        shape, divide = (x.shape[0], -1, self.heads.head_dim), self.ops.linear_parts
+        if divide is None:
+            return self.qkv(x).view(shape)
+        return [part.view(shape) for part in self.qkv.split(x, divide)]

@@ -7,7 +7,7 @@ Shoeybi et al. 2019). A pair of the two costs one all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,10 @@ class ColumnParallelLinear(Linear):
                 found[f"{name}.bias"] = WeightSlot(bias, (part.total,), 0, part.start, self)
             row += part.count
         return found
+
+    def split(self, x: Tensor, divide: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
+        """x [T, in] -> each part [T, its rows], by the operator ``linear_parts``."""
+        return divide(x, self.packed, self.bias, [part.count for part in self.parts])
 
 
 class RowParallelLinear(Linear):

@@ -60,7 +60,7 @@ class Operators:
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
     weight_rows: Callable[[Any, Tensor], Tensor]
     norm_rotate_write: Callable[
-        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
+        [Any, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
     copy_blocks: Callable[[Sequence[tuple[Tensor, Tensor]], Sequence[int], Sequence[int]], None]
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
@@ -68,6 +68,9 @@ class Operators:
     record: Callable[..., Forward | None]
     # Rows, columns, dtype -> memory for a weight, which ``pack_linear`` may then pack where it lies. None: any memory.
     allocate_matrix: Callable[[int, int, torch.dtype], Tensor] | None = None
+    # x, packed, bias, widths of its parts -> each part of the product as a tensor of its own, for q, k and v.
+    # ``norm_rotate_write`` then takes them in place of the whole. None: the whole is better.
+    linear_parts: Callable[[Tensor, Any, Tensor | None, Sequence[int]], Sequence[Tensor]] | None = None
     choose: Choose | None = None  # None: runner/choice.py, with torch
     choose_by_sorting: bool = False  # which of its ways, without ``choose``: one that never waits for the device
     penalise: Penalise | None = None  # None: runner/logit_rules.py, with torch

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,3 +327,36 @@ def test_counts_given_as_running_sums_are_noticed() -> None:
     with refused("10 rows of 6"):
         groups = npu(torch.tensor([4, 0, 6]))
         torch_npu.npu_grouped_matmul([x], [weight], group_list=groups, split_item=2, group_type=0, group_list_type=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_one_x_with_several_weights(dtype: torch.dtype) -> None:
+    x, weights = randn(5, 48, dtype=dtype), [randn(n, 48, dtype=dtype, seed=n) for n in (32, 16, 24)]
+    fused = npu(torch.cat(weights)).split([32, 16, 24])  # rows of one matrix, as models keep them
+    biases = [randn(n, dtype=torch.float32 if dtype == torch.bfloat16 else dtype, seed=n) for n in (32, 16, 24)]
+    for bias in (None, biases):
+        found = torch_npu.npu_grouped_matmul(
+            [npu(x)] * 3, [w.t() for w in fused], bias=bias and [npu(b) for b in bias], split_item=0, group_type=-1
+        )
+        for i, result in enumerate(found):
+            assert result.is_contiguous()
+            wanted = numpy(x) @ numpy(weights[i]).T + (numpy(bias[i]) if bias else 0)
+            np.testing.assert_allclose(numpy(result.cpu()), wanted, atol=6e-2, rtol=1e-2)
+
+
+def test_limits_of_several_products() -> None:
+    x, weight = npu(randn(5, 48, dtype=torch.float16)), npu(randn(32, 48, dtype=torch.float16))
+
+    def multiply(x: list, weight: list, **options: Any) -> None:
+        torch_npu.npu_grouped_matmul(x, weight, **{"split_item": 0, "group_type": -1, **options})
+
+    multiply([x, x], [weight.t(), weight.t()])
+    with refused("transposed, or none"):
+        multiply([x, x], [weight.t(), weight.t().contiguous()])
+    with refused("need 16 bits"):
+        multiply([x.float()] * 2, [weight.t().float()] * 2)
+    with refused("bias is torch.bfloat16"):
+        multiply([x.bfloat16()] * 2, [weight.t().bfloat16()] * 2, bias=[weight[:, 0].bfloat16().contiguous()] * 2)
+    with refused("65536"):
+        wide = npu(torch.zeros(2, 65536, dtype=torch.float16))
+        multiply([wide], [wide.t()])

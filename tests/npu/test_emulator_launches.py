@@ -36,12 +36,12 @@ def _checkpoint(path: Path, family: str, layers: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family, most", [("llama", 12), ("qwen3", 13)])  # qwen3 has norms of queries and keys
+@pytest.mark.parametrize("family, most", [("llama", 10), ("qwen3", 12)])  # qwen3 has norms of queries and keys
 def test_launches_of_a_layer_stay_within_the_budget(family: str, most: int, tmp_path: Path) -> None:
     steps, two, four = 8, _checkpoint(tmp_path / "two", family, 2), _checkpoint(tmp_path / "four", family, 4)
     fewer, more = _decode_steps(two, steps, eager=True), _decode_steps(four, steps, eager=True)
     layer = {name: (more[name] - fewer[name]) / 2 / steps for name in more if more[name] != fewer[name]}
-    assert sum(layer.values()) <= most, layer
+    assert sum(layer.values()) == most, layer
     waits = sum(more[name] for name in WAITS)
     assert waits <= steps, more
 

@@ -63,6 +63,7 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
         add_rms_norm=elementwise.add_rms_norm,
         silu_and_mul=elementwise.silu_and_mul,
         norm_rotate_write=elementwise.norm_rotate_write,
+        linear_parts=elementwise.linear_parts,
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
         record=partial(_record, attention),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from nanovllm.ops.operators import Operators
 
 _ROTATED_BOTH = (64, 128)  # head sizes of the operator that rotates q and k in one launch
+_GROUPED = (torch.float16, torch.bfloat16)  # what the grouped product takes with several results
 
 
 class UnsignedSin:
@@ -57,9 +59,20 @@ class NpuElementwise:
         """See ``reference.silu_and_mul``."""
         return self._library.silu_and_mul(x) if x.numel() else self._base.silu_and_mul(x)
 
+    def linear_parts(self, x: Tensor, packed: Tensor, bias: Tensor | None, widths: Sequence[int]) -> Sequence[Tensor]:
+        """x [T, in] -> the products with the rows of ``packed`` that make up each part, [T, width] each.
+
+        One grouped product in 16 bits, whose results are contiguous: what comes next takes nothing else, and would copy
+        q, k and v out of a common product. With a bias or in float32, which that operator does not take so, the parts
+        are views of one product.
+        """
+        if bias is not None or x.dtype not in _GROUPED or not x.numel():
+            return self._base.linear(x, packed, bias).split(list(widths), 1)
+        return self._library.grouped_linear(x, packed.split(list(widths)))
+
     def norm_rotate_write(
         self,
-        qkv: Tensor,
+        qkv: Tensor | Sequence[Tensor],
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         eps: float,
@@ -69,16 +82,21 @@ class NpuElementwise:
         v_cache: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """See ``reference.norm_rotate_write``. With norms 5 launches (6 for other heads than of 64 and 128), else 4."""
+        """See ``reference.norm_rotate_write``; q, k and v may come apart, and then q and k may be overwritten.
+
+        Apart, 4 launches with norms and 2 without (for heads of 64 and 128; one more for others). As views of one
+        product, one more with norms, two without.
+        """
         library, kv_heads = self._library, k_cache.shape[2]
-        q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+        if isinstance(qkv, Tensor):
+            qkv = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+        q, k, v = qkv
         sin = self._unsigned(sin)
-        if q_weight is not None and k_weight is not None and qkv.shape[2] in _ROTATED_BOTH:
-            q, k = library.rms_norm(q, q_weight, eps), library.rms_norm(k, k_weight, eps)
+        q = q if q_weight is None else library.rms_norm(q, q_weight, eps)
+        k = k if k_weight is None else library.rms_norm(k, k_weight, eps)
+        if q.shape[2] in _ROTATED_BOTH and q.numel() and q.is_contiguous() and k.is_contiguous():
             q, k = library.rotate_both(q, k, cos, sin)
         else:
-            q = q if q_weight is None else library.rms_norm(q, q_weight, eps)
-            k = k if k_weight is None else library.rms_norm(k, k_weight, eps)
             q, k = library.rotate(q, cos, sin), library.rotate(k, cos, sin)
         library.write_kv(k, v.contiguous(), k_cache, v_cache, slot_mapping)
         return q

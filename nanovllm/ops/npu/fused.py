@@ -127,4 +127,4 @@ def with_fused(base: Operators) -> Operators:
     except metadata.PackageNotFoundError:
         logger.warning("%s=1 needs triton-ascend, which is not installed; torch_npu's operators are used.", VARIABLE)
         return base
-    return replace(base, norm_rotate_write=FusedNormRotateWrite(base).norm_rotate_write)
+    return replace(base, norm_rotate_write=FusedNormRotateWrite(base).norm_rotate_write, linear_parts=None)

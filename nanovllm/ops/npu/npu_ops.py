@@ -7,6 +7,8 @@ torch-npu versions. Loaded only where an NPU is used: ``platforms/npu.py`` has i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch_npu
 from torch import Tensor
@@ -42,6 +44,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``rotate`` of q [T, H, D] and k [T, Hk, D], contiguous, in place and in one launch; D is 64 or 128."""
     return torch_npu.npu_apply_rotary_pos_emb(q, k, cos, sin, layout="TND", rotary_mode="half")
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+def grouped_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """x [T, in], 16 bits, and weights [n, in] each -> x @ weight.T [T, n] of each, contiguous, in one launch."""
+    transposed = [weight.t() for weight in weights]
+    return torch_npu.npu_grouped_matmul([x] * len(weights), transposed, split_item=0, group_type=-1)
 
 
 # ---- Atlas A2 and A3: a cache [num_blocks, block_size, Hk, D] ------------------------------------------------------

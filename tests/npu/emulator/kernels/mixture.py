@@ -127,15 +127,42 @@ def _check_grouped(
     optional += [activation_offset, feature, dynamic]
     require(not any(optional), "quantisation and activations are not emulated")
     require(activation == 0, f"act_type {activation} is not emulated")
+    require(not (IS_310P and any(tensor.dtype != torch.float16 for tensor in x)), f"{SOC}: float16 only")
+    for tensor in (*x, *weight):
+        require(tensor.shape[-1] < 65536, f"the last dimension of {tuple(tensor.shape)} must stay below 65536")
+    if group_type == -1:
+        _check_separate(x, weight, bias, groups, split_item, out)
+        return
+    require(group_type == 0, f"group_type {group_type} is not supported")
     require(len(x) == len(weight) == len(out) == 1 and split_item in (2, 3), "one x, one weight, split_item 2 or 3")
-    require(group_type == 0, f"group_type {group_type} is not emulated")
     require(groups is not None and groups.dtype == torch.int64, "group_list must be an int64 tensor")
     require(weight[0].dim() == 3 and weight[0].shape[1] == x[0].shape[1], f"weight {tuple(weight[0].shape)}")
     require(groups.numel() == weight[0].shape[0], f"{groups.numel()} groups, {weight[0].shape[0]} experts")
     require(x[0].dtype == weight[0].dtype, f"x {x[0].dtype}, weight {weight[0].dtype}")
-    require(weight[0].shape[1] < 65536, "the inner dimension must stay below 65536")
-    require(not (IS_310P and x[0].dtype != torch.float16), f"{SOC}: float16 only")
     require(list_type in (0, 1), f"group_list_type {list_type}")
+
+
+def _check_separate(
+    x: Tensors, weight: Tensors, bias: Tensors | None, groups: Tensor | None, split_item: int, out: Tensors
+) -> None:
+    """group_type -1: as many products as there are weights, each with an x and a result of its own."""
+    require(not IS_310P, f"{SOC}: group_type 0 only")
+    require(split_item in (0, 1), f"group_type -1 needs split_item 0 or 1, not {split_item}")
+    require(groups is None or groups.numel() == 0, "group_type -1 takes no group_list")
+    require(1 <= len(weight) <= 128, f"{len(weight)} weights, at most 128")
+    require(len(x) == len(weight) == len(out), f"{len(x)} x, {len(weight)} weights and {len(out)} results")
+    require(not bias or len(bias) == len(weight), "as many biases as weights")
+    transposed = {not tensor.is_contiguous() for tensor in weight if min(tensor.shape) > 1}
+    require(len(transposed) <= 1, "all weights must be transposed, or none")
+    for a, b in zip(x, weight, strict=True):
+        require(a.dtype in (torch.float16, torch.bfloat16), f"x is {a.dtype}; several results need 16 bits")
+        require(a.dtype == b.dtype, f"x {a.dtype}, weight {b.dtype}")
+        require(a.is_contiguous(), f"x must not be transposed, its strides are {a.stride()}")
+        require(b.is_contiguous() or b.t().is_contiguous(), f"weight of strides {b.stride()}")
+        require(a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0], f"x {tuple(a.shape)}, weight {tuple(b.shape)}")
+    for row in bias or []:
+        wanted = torch.float32 if x[0].dtype == torch.bfloat16 else torch.float16
+        require(row.dtype == wanted, f"bias is {row.dtype}; for x of {x[0].dtype} it must be {wanted}")
 
 
 @operator("GroupedMatmulV5", check=_check_grouped)
@@ -146,6 +173,11 @@ def grouped_matmul(
     activation_offset: Tensors | None, split_item: int, group_type: int, list_type: int, activation: int,
     tuning: Ints | None, out: Tensors, feature: Tensors | None, dynamic: Tensors | None,
 ) -> None:  # fmt: skip
+    if group_type == -1:
+        for i, result in enumerate(out):
+            product = x[i].float() @ weight[i].float()
+            result.copy_(product + bias[i].float() if bias else product)
+        return
     ends = groups.cumsum(0).tolist() if list_type == 1 else groups.tolist()
     require(ends == sorted(ends), f"group_list_type 0 wants running sums, not {ends}")
     require(ends[-1] <= x[0].shape[0], f"group_list asks for {ends[-1]} rows of {x[0].shape[0]}")
