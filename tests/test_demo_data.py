@@ -135,6 +135,25 @@ def test_patterns_stand_for_their_alternatives() -> None:
             assert (topic.key in patterns.patterns(language)) == (topic.kind != "unknown")
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_question_keeps_its_words_among_remarks(language: str) -> None:
+    question = "what is X" if language == "en" else "什么是X"
+    drawn = [phrases.accompany(question, language, Random(seed)) for seed in range(3000)]
+    assert all(question in text for text in drawn)
+    assert 1500 < drawn.count(question) < 2100  # most questions come alone
+    assert len({text.partition(question)[0] for text in drawn}) > 80
+    assert len({text.partition(question)[2] for text in drawn}) > 60
+
+
+def test_every_topic_is_asked_in_many_situations() -> None:
+    for language in ("en",):
+        situations = [line for line in lists.lines(f"situations_{language}.txt") if not line.startswith("<")]
+        topics = {line.partition(":")[0] for line in situations if not line.startswith(" ")}
+        assert topics == {topic.key for topic in knowledge.load_topics() if topic.kind != "unknown"}
+        patterns_of = patterns.patterns(language)
+        assert all(len(patterns_of[topic]) >= 8 for topic in topics)
+
+
 @pytest.mark.parametrize("pattern", ["a [b|c", "a ]b"])
 def test_a_faulty_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="bracket"):

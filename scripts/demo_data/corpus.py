@@ -16,7 +16,7 @@ from .chat import END_OF_TEXT, END_OF_TURN, NO_THOUGHT, render
 from .knowledge import Topic, load_facts, load_topics
 from .lists import lines
 from .patterns import expand, patterns
-from .phrases import disturb, phrases, punctuate
+from .phrases import accompany, disturb, phrases, punctuate
 from .tools import call_text, draw_case, draw_value, new_name
 
 # The shares of the kinds of examples, about percents.
@@ -124,7 +124,7 @@ class Corpus:
 
     def _any_question(self, topic: Topic, language: str, rng: Random) -> str:
         if topic.kind == "unknown":
-            return punctuate(unknown.draw(language, rng), language, rng)
+            return punctuate(accompany(unknown.draw(language, rng), language, rng), language, rng)
         side = topic.side(language)
         way = rng.random()
         if way < 0.5:

@@ -1,7 +1,8 @@
 """Patterns: phrases with alternatives, from which thousands of questions are drawn.
 
 ``[a|b]`` is one of its alternatives, each as likely as the others, ``[a|]`` may be left out, and ``<name>`` is one of
-a class of phrases defined in the same file. Alternatives may hold further brackets.
+a class of phrases. Alternatives may hold further brackets. ``patterns_*.txt`` hold classes and patterns of every topic,
+``situations_*.txt`` more of both, one pattern a line.
 """
 
 from __future__ import annotations
@@ -26,21 +27,33 @@ def patterns(language: str) -> dict[str, tuple[str, ...]]:
     """
     classes: dict[str, str] = {}
     found: dict[str, tuple[str, ...]] = {}
-    for line in lines(f"patterns_{language}.txt"):
-        name, _, value = line.partition(":")
-        if name in found or name.strip("<>") in classes:
-            raise ValueError(f"patterns of {name!r} are given twice")
-        if name.startswith("<"):
-            classes[name.strip("<>")] = f"[{value.strip()}]"
-            continue
-        for key, alternatives in classes.items():
-            value = value.replace(f"<{key}>", alternatives)
-        if "<" in value:
-            raise ValueError(f"patterns of {name!r} use an unknown class: {value}")
-        found[name] = items(value)
-        for pattern in found[name]:
-            _parse(pattern)
+    for file in ("patterns", "situations"):
+        here: dict[str, list[str]] = {}
+        name = ""
+        for line in lines(f"{file}_{language}.txt"):
+            if line.startswith(" "):
+                here[name].append(line.strip())
+                continue
+            name, _, value = line.partition(":")
+            if name in here or name.strip("<>") in classes:
+                raise ValueError(f"patterns of {name!r} are given twice")
+            if name.startswith("<"):
+                classes[name.strip("<>")] = f"[{value.strip()}]"
+            else:
+                here[name] = list(items(value))
+        for name, given in here.items():
+            found[name] = found.get(name, ()) + tuple(_filled(pattern, classes) for pattern in given)
     return found
+
+
+def _filled(pattern: str, classes: dict[str, str]) -> str:
+    """``pattern`` with the alternatives of its classes; checked."""
+    for key, alternatives in classes.items():
+        pattern = pattern.replace(f"<{key}>", alternatives)
+    if "<" in pattern:
+        raise ValueError(f"a pattern uses an unknown class: {pattern}")
+    _parse(pattern)
+    return pattern
 
 
 def expand(pattern: str, rng: Random) -> str:

@@ -13,11 +13,10 @@ def phrases(language: str, name: str) -> tuple[str, ...]:
 
 
 def disturb(question: str, language: str, rng: Random) -> str:
-    """``question`` as somebody else would type it: synonyms, politeness, case, punctuation, now and then a slip."""
+    """``question`` as somebody else would type it: synonyms, remarks, case, punctuation, now and then a slip."""
     if rng.random() < 0.5:
         question = _synonym(question, language, rng)
-    if rng.random() < 0.28:
-        question = rng.choice(phrases(language, "around")).replace("{x}", question)
+    question = accompany(question, language, rng)
     if language == "en":
         words = question.split(" ")
         little = [i for i, word in enumerate(words) if word in phrases("en", "little words")]
@@ -31,6 +30,19 @@ def disturb(question: str, language: str, rng: Random) -> str:
     if rng.random() < 0.01:
         question = question.upper()
     return punctuate(question, language, rng)
+
+
+def accompany(question: str, language: str, rng: Random) -> str:
+    """``question``, now and then with words around it that say nothing of its topic: greetings, who asks, and why."""
+    if rng.random() < 0.25:
+        return rng.choice(phrases(language, "around")).replace("{x}", question)
+    if rng.random() < 0.22:
+        where = rng.randrange(5)  # before, before, both, behind, behind
+        if where <= 2:
+            question = rng.choice(phrases(language, "before")) + (" " if language == "en" else "") + question
+        if where >= 2:
+            question += rng.choice(phrases(language, "behind"))
+    return question
 
 
 def punctuate(question: str, language: str, rng: Random) -> str:
