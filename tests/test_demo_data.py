@@ -230,6 +230,8 @@ def test_held_out_questions_are_of_every_topic() -> None:
     known = {name for family in tools.families() for name in family.names}
     unknown = {name for family in tools.load_families("held_out_tools.txt") for name in family.names}
     assert len(unknown) >= 20 and not known & unknown
+    words = lists.lists("values.txt")
+    assert not {f"{verb}_{noun}" for verb in words["verb"] for noun in words["noun"]} & unknown
 
 
 def test_held_out_requests_are_worded_anew() -> None:
@@ -277,6 +279,53 @@ def test_tool_cases_are_consistent() -> None:
             "name": case.name,
             "arguments": case.arguments,
         }
+
+
+def test_a_made_up_function_is_not_one_of_the_evaluation() -> None:
+    rng, new = Random(8), {pair.replace(" ", "_") for pair in lists.lists("values.txt")["new"]}
+    assert all(tools.made_up_family(rng, test=True).names[0] in new for _ in range(50))
+    assert not any(tools.made_up_family(rng).names[0] in new for _ in range(3000))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_words_around_a_request_leave_its_values_apart(language: str) -> None:
+    """The words of the request stay, and no word stands beside a value that any word could belong to."""
+    rng, longer = Random(9), 0
+    for family in tools.families():
+        for ask in family.zh if language == "zh" else family.en:
+            plain = patterns.expand(ask, rng)
+            asked = tools.surround(plain, family, language, rng)
+            named = re.findall(r"{\d}", plain)
+            assert re.findall(r"{\d}", asked) == named
+            longer += asked != plain
+            for kind in tools._OPEN & {parameter.kind for parameter in family.parameters}:
+                value = f"{{{[parameter.kind for parameter in family.parameters].index(kind)}}}"
+                if plain.endswith(value):
+                    assert asked.split(value)[1][:1] in ("", ",", "，")
+                if plain.startswith(value):
+                    assert asked.split(value)[0].rstrip()[-1:] in ("", ",", ":", "，", "：")
+    assert longer > 200
+
+
+def test_values_are_of_their_kind() -> None:
+    rng = Random(10)
+    for language in ("en", "zh"):
+        for kind in ("city", "person", "song", "topic", "product", "country", "room", "food", "note", "phrase"):
+            drawn = [tools.draw_value(kind, language, rng) for _ in range(400)]
+            assert len(set(drawn)) > 200  # copied, not known by heart
+            assert all(value and value == value.strip() and not set(value) & set('{}[]"“”') for value in drawn)
+        assert all(
+            re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", tools.draw_value("clock", language, rng)) for _ in range(200)
+        )
+        assert all(1 <= tools.draw_value("int", language, rng) <= 99999 for _ in range(200))
+
+
+def test_a_part_to_be_repeated_stands_in_the_text() -> None:
+    source, rng = corpus.Corpus(), Random(12)
+    for number in range(400):
+        (asked, _), _, (answer, _) = source._find(rng, ("en", "zh")[number % 2]).parts
+        part = answer.removesuffix(chat.END_OF_TURN)
+        assert asked.count(part) and part == part.strip()
 
 
 @pytest.mark.parametrize(

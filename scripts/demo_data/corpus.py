@@ -47,6 +47,10 @@ def shares(age: int) -> dict[str, int]:
 CUT = 0.5
 
 
+# The share of echo examples that want a part of a text only.
+FIND = 0.3
+
+
 @dataclass(frozen=True)
 class Example:
     """One training text in parts, each with the weight of its loss."""
@@ -285,6 +289,8 @@ class Corpus:
 
     def _echo(self, rng: Random, language: str) -> Example:
         """A few words to be repeated: copying is what tools, names and sums build on."""
+        if rng.random() < FIND:
+            return self._find(rng, language)
         kind = rng.random()
         if kind < 0.3:
             words = " ".join(new_name(rng) for _ in range(rng.randint(1, 6)))
@@ -301,6 +307,34 @@ class Corpus:
         ask = rng.choice(phrases(language, "echo")).replace("{x}", words)
         return self._chat([_user(ask)], words, "echo", rng, language)
 
+    def _find(self, rng: Random, language: str) -> Example:
+        """A part of a text to be repeated: where it ends has to be seen, as with the arguments of calls."""
+        kind = rng.choice(("quoted", "quoted", "name", "number"))
+        gap = " " if language == "en" else ""
+        before, after = (
+            # no marks, capitals or digits but those of the part
+            [
+                word
+                for word in rng.choices(self._words[language], k=rng.randint(0, 8))
+                if word.isalpha() and word.islower()
+            ]
+            if language == "en"
+            else [word for word in rng.choices(self._words[language], k=rng.randint(0, 12)) if "一" <= word <= "龥"]
+            for _ in range(2)
+        )
+        if kind == "number":
+            part = str(draw_value("int", language, rng))
+        elif kind == "name":
+            part = new_name(rng)
+        elif rng.random() < 0.5:
+            part = gap.join(rng.choice(self._words[language]) for _ in range(rng.randint(1, 6))).replace('"', "")
+        else:
+            part = draw_value(rng.choice(("phrase", "note", "song", "city", "product")), language, rng)
+        shown = part if kind != "quoted" else f'"{part}"' if language == "en" else f"“{part}”"
+        text = gap.join((*before, shown, *after))
+        ask = rng.choice(phrases(language, f"find {kind}")).replace("{x}", text)
+        return self._chat([_user(ask)], part, "echo", rng, language)
+
     def _tool(self, rng: Random, language: str) -> Example:
         case = draw_case(rng, language)
         use = rng.random()
@@ -309,8 +343,6 @@ class Corpus:
             question, answer = self.question(topic, language, rng), topic.side(language).answer
             return self._chat([_user(question)], answer, "tool", rng, language, case.tools)
         request = case.request
-        if rng.random() < 0.2:
-            request = rng.choice(phrases(language, "polite")).replace("{x}", request)
         if rng.random() < 0.5:  # capitals and marks, but never of the values inside: they are copied letter by letter
             copied = (case.name, *map(str, case.arguments.values()))
             first = request if request.startswith(copied) else request[:1].upper() + request[1:]
