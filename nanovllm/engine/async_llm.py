@@ -27,7 +27,7 @@ from nanovllm.engine.inspection import LOST, Viewers
 from nanovllm.engine.messages import Add, Command, Died, Finish, Inspect, Message, Ready, ResetPrefixCache, Update, View
 from nanovllm.engine.spawn import EngineProcess, spawn
 from nanovllm.engine.stats import LOG_INTERVAL, Observer, StatsLog
-from nanovllm.engine.stream import Stream
+from nanovllm.engine.stream import Stream, Waker
 from nanovllm.engine.thread_core import Listener, ThreadCore
 from nanovllm.errors import EngineDeadError, EngineGenerateError, ParameterError, RequestTimeoutError
 from nanovllm.outputs import PoolingRequestOutput, RequestOutput
@@ -95,6 +95,7 @@ class AsyncLLM(EngineFace):
         self._max_restarts = max_restarts
         self._deaths: deque[float] = deque()
         self._streams: dict[str, Stream] = {}
+        self._waker = Waker()
         self.viewers = Viewers(lambda on: self._core.send(Inspect(on)))
         self._aborted: set[str] = set()  # streams whose prompt was still being tokenised
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -380,10 +381,7 @@ class AsyncLLM(EngineFace):
             if reply is not None and not reply.done():
                 reply.set_result(result)
         due, stopped = self.output.take(update.outputs, update.stats)
-        for request_id in due:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                stream.wake()
+        self._waker.wake(self._streams[request_id] for request_id in due if request_id in self._streams)
         if update.stats is not None:
             self.stats.step(update.outputs, update.stats)
             self._log_later()
