@@ -76,6 +76,10 @@ class Connections:
                 self.num_received += len(data)
                 super().data_received(data)
 
+            def connection_lost(self, exc: Exception | None) -> None:
+                super().connection_lost(exc)
+                _break_cycle(self.transport)
+
         return Connection
 
     def look(self, connections: set[Any]) -> None:
@@ -118,6 +122,15 @@ class Connections:
         if time.monotonic() - self._told >= QUIET:
             self._told = time.monotonic()
             logger.warning("The server is full: %s.", text)
+
+
+def _break_cycle(transport: Any) -> None:
+    """Let go of a connection that has ended: asyncio's transport refers to itself, by way of its reading method.
+
+    Else the socket's object and its buffers wait for Python's collector, which comes after some ten thousand of them.
+    """
+    if getattr(transport, "_read_ready_cb", None) is not None:
+        transport._read_ready_cb = None  # nothing is read any more
 
 
 def _waits_at(connection: Any) -> object | None:
