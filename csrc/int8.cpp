@@ -84,10 +84,11 @@ template <int ROWS>
 using IntegerSums = i32v[ROWS][NV];
 
 // sums += x * panel over ``cells`` cells, for rows of digits that are as many cells apart.
-template <int ROWS>
+template <int ROWS, class Beside>
 inline __attribute__((always_inline)) void add_dots(IntegerSums<ROWS>& sums, const cell* x, const cell* panel,
-                                                    int64_t cells) {
+                                                    int64_t cells, Beside beside) {
     for (int64_t i = 0; i < cells; ++i, panel += PANEL) {
+        beside.step();
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             const u32v w = load(panel + v * LANES);
@@ -97,13 +98,13 @@ inline __attribute__((always_inline)) void add_dots(IntegerSums<ROWS>& sums, con
     }
 }
 
-template <class T, int DIGITS, int ROWS>
-void multiply(const QuantizedArguments& a, const Digits& x, int64_t number, int64_t row) {
+template <class T, int DIGITS, int ROWS, class Beside>
+void multiply(const QuantizedArguments& a, const Digits& x, int64_t number, int64_t row, Beside beside) {
     const QuantizedWeight& w = a.weight;
     const int64_t cells = w.inputs / CELL_WEIGHTS;
     IntegerSums<ROWS * DIGITS> sums = {};
     add_dots<ROWS * DIGITS>(sums, reinterpret_cast<const cell*>(x.digits) + row * DIGITS * cells,
-                            static_cast<const cell*>(w.packed) + number * cells * PANEL, cells);
+                            static_cast<const cell*>(w.packed) + number * cells * PANEL, cells, beside);
     Sums<ROWS> total;
     const bf16* scales = static_cast<const bf16*>(w.scales) + number * PANEL;
     for (int r = 0; r < ROWS; ++r) {
@@ -133,11 +134,15 @@ void linear(const QuantizedArguments& a) {
     for_rows(a.rows, w.inputs, [&](int64_t row) {
         quantize_row(static_cast<const T*>(a.x) + row * w.inputs, row, w.inputs, DIGITS, x);
     });
-    const int64_t chunks = std::max<int64_t>(1, (a.rows + TASK_ROWS - 1) / TASK_ROWS);
+    const int64_t chunks = std::max<int64_t>(1, (a.rows + TASK_ROWS - 1) / TASK_ROWS), threads = num_threads();
+    const int64_t cells = w.inputs / CELL_WEIGHTS;
     parallel_for(panels * chunks, [&](int64_t task) {
+        const int64_t number = task / chunks, next = (task + threads) / chunks;  // as in linear.cpp
         const int64_t first = a.rows * (task % chunks) / chunks, end = a.rows * (task % chunks + 1) / chunks;
-        for_row_blocks<MAX_ROWS / DIGITS>(int(end - first), [&](auto rows, int row) {
-            multiply<T, DIGITS, rows.value>(a, x, task / chunks, first + row);
+        const cell* next_panel =
+            next == number || next >= panels ? nullptr : static_cast<const cell*>(w.packed) + next * cells * PANEL;
+        for_row_blocks<MAX_ROWS / DIGITS>(int(end - first), next_panel, cells, [&](auto rows, int row, auto beside) {
+            multiply<T, DIGITS, rows.value>(a, x, number, first + row, beside);
         });
     });
 }

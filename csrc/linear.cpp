@@ -1,10 +1,10 @@
 // Linear layers: out = x W^T + bias on the inner loop of product.h, W packed into panels once.
 //
 // A panel is the weights of PANEL outputs. A thread takes a panel and multiplies it with all rows of x, MAX_ROWS at a
-// time; the first block of rows brings the panel into the thread's cache, the others find it there. With one row this is
-// a stream through memory.
+// time; meanwhile the panel it will take next is brought into its cache. With one row this is a stream through memory.
 //
-// Invariant: as for every product, a row's result has the same bits in any batch.
+// Invariant: as for every product, a row's result has the same bits in any batch. Where the depth is cut, sums wait in
+// memory as the float32 they are.
 #include <algorithm>
 
 #include "buffer.h"
@@ -17,6 +17,10 @@ namespace {
 
 // Rows of x a task takes, if there are more: what is left of parallelism when there are few panels.
 constexpr int64_t TASK_ROWS = 192;
+
+// With few rows a panel is used up so soon that all of the next must be on its way: both have to fit the cache, so deep
+// panels are cut. With more, to keep sums in memory costs more than that brings.
+constexpr int64_t FEW_ROWS = 96, DEPTH_BLOCK = 512;  // rows, cells
 
 template <class T>
 constexpr int PER_CELL = sizeof(cell) / sizeof(T);
@@ -48,42 +52,74 @@ void pack_linear(const T* weight, int64_t outputs, int64_t inputs, int64_t strid
     });
 }
 
-template <class T, int ROWS>
-inline void multiply(const LinearArguments& a, const cell* x, const cell* panel, int64_t row, int64_t column) {
+template <class T>
+class Linear {
     using Cells = typename std::conditional<PER_CELL<T> == 2, Pairs, Floats>::type;
-    const int64_t x_stride = a.inputs / PER_CELL<T>;
-    Sums<ROWS> sums = {};
-    add_products<Cells, ROWS>(sums, x + row * x_stride, x_stride, panel, int(x_stride));
-    const T* bias = static_cast<const T*>(a.bias);
-    for (int i = 0; i < NV; ++i) {
-        const int64_t first = column + i * LANES;
-        const int count = int(std::min<int64_t>(LANES, a.outputs - first));
-        if (count <= 0) break;
-        f32v b = {};
-        if (bias) b = count == LANES ? load(bias + first) : load_some(bias + first, count);
-        for (int r = 0; r < ROWS; ++r) {
-            T* to = static_cast<T*>(a.out) + (row + r) * a.outputs + first;
-            if (count == LANES)
-                store(to, sums[r][i] + b);
-            else
-                store_some(to, sums[r][i] + b, count);
+
+   public:
+    explicit Linear(const LinearArguments& arguments)
+        : a(arguments), depth(a.inputs / PER_CELL<T>), panels((a.outputs + PANEL - 1) / PANEL) {}
+
+    void run() const {
+        const int64_t chunks = std::max<int64_t>(1, (a.rows + TASK_ROWS - 1) / TASK_ROWS), threads = num_threads();
+        parallel_for(panels * chunks, [=](int64_t task) {
+            const int64_t number = task / chunks, next = (task + threads) / chunks;  // a guess: others do as much
+            const int64_t first = a.rows * (task % chunks) / chunks, end = a.rows * (task % chunks + 1) / chunks;
+            multiply_panel(number, next == number || next >= panels ? nullptr : panel(next), first, int(end - first));
+        });
+    }
+
+   private:
+    const cell* panel(int64_t number) const { return static_cast<const cell*>(a.packed) + number * depth * PANEL; }
+
+    void multiply_panel(int64_t number, const cell* next_panel, int64_t row, int rows) const {
+        static thread_local Buffer<float> partial_sums;
+        const int64_t most = rows > MAX_ROWS && rows <= FEW_ROWS ? DEPTH_BLOCK : depth;
+        float* const partial = partial_sums.at_least(rows * PANEL);
+        for (int64_t begin = 0, end; begin < depth; begin = end) {
+            end = std::min(begin + most, depth);
+            const cell* next = end < depth ? panel(number) + end * PANEL : next_panel;
+            for_row_blocks(rows, next, end - begin, [&](auto count, int first, auto beside) {
+                multiply<count.value>(number, row + first, begin, end, partial + first * PANEL, beside);
+            });
         }
     }
-}
 
-template <class T>
-void linear(const LinearArguments& a) {
-    const int64_t depth = a.inputs / PER_CELL<T>, panels = (a.outputs + PANEL - 1) / PANEL;
-    const int64_t chunks = std::max<int64_t>(1, (a.rows + TASK_ROWS - 1) / TASK_ROWS);
-    const cell* x = static_cast<const cell*>(a.x);
-    parallel_for(panels * chunks, [&](int64_t task) {
-        const int64_t number = task / chunks, first = a.rows * (task % chunks) / chunks;
-        const int64_t end = a.rows * (task % chunks + 1) / chunks;
-        const cell* panel = static_cast<const cell*>(a.packed) + number * depth * PANEL;
-        for_row_blocks(int(end - first),
-                       [&](auto rows, int row) { multiply<T, rows.value>(a, x, panel, first + row, number * PANEL); });
-    });
-}
+    // The products of cells begin .. end of the depth. ``partial``: the sums of those before, then those up to ``end``.
+    template <int ROWS, class Beside>
+    void multiply(int64_t number, int64_t row, int64_t begin, int64_t end, float* partial, Beside beside) const {
+        Sums<ROWS> sums = {};
+        if (begin > 0) std::memcpy(sums, partial, sizeof sums);
+        const cell* x = static_cast<const cell*>(a.x) + row * depth + begin;
+        add_products<Cells, ROWS>(sums, x, depth, panel(number) + begin * PANEL, int(end - begin), beside);
+        if (end == depth)
+            finish<ROWS>(sums, number, row);
+        else
+            std::memcpy(partial, sums, sizeof sums);
+    }
+
+    template <int ROWS>
+    void finish(const Sums<ROWS>& sums, int64_t number, int64_t row) const {
+        const T* bias = static_cast<const T*>(a.bias);
+        for (int i = 0; i < NV; ++i) {
+            const int64_t first = number * PANEL + i * LANES;
+            const int count = int(std::min<int64_t>(LANES, a.outputs - first));
+            if (count <= 0) break;
+            f32v b = {};
+            if (bias) b = count == LANES ? load(bias + first) : load_some(bias + first, count);
+            for (int r = 0; r < ROWS; ++r) {
+                T* to = static_cast<T*>(a.out) + (row + r) * a.outputs + first;
+                if (count == LANES)
+                    store(to, sums[r][i] + b);
+                else
+                    store_some(to, sums[r][i] + b, count);
+            }
+        }
+    }
+
+    const LinearArguments& a;
+    const int64_t depth, panels;  // depth: cells of a row
+};
 
 }  // namespace
 
@@ -102,9 +138,9 @@ void nanovllm_pack_linear(const void* weight, int64_t outputs, int64_t inputs, i
 
 void nanovllm_linear(const LinearArguments* arguments) {
     if (arguments->dtype == FLOAT32)
-        linear<float>(*arguments);
+        Linear<float>(*arguments).run();
     else
-        linear<bf16>(*arguments);
+        Linear<bf16>(*arguments).run();
 }
 
 void nanovllm_unpack_rows(const LinearArguments* arguments) {

@@ -43,11 +43,29 @@ struct Pairs {
 template <int ROWS>
 using Sums = f32v[ROWS][NV];
 
+// What is done beside a product, once per step along the depth.
+struct Nothing {
+    void step() {}
+};
+
+// Asks for memory that is needed next, at an even pace: LINES cache lines in a step, or parts of one line.
+template <int LINES>
+struct Prefetch {
+    const char* memory;
+    uint64_t place, pace;  // in bytes / 65536
+
+    void step() {
+        for (int i = 0; i < LINES; ++i) __builtin_prefetch(memory + (place >> 16) + 64 * i, 0, 2);
+        place += pace;
+    }
+};
+
 // sums[row][column] += a[row] * panel, over ``depth`` cells. Rows of A are ``a_stride`` cells apart.
-template <class Cells, int ROWS>
+template <class Cells, int ROWS, class Beside = Nothing>
 inline __attribute__((always_inline)) void add_products(Sums<ROWS>& sums, const cell* a, ptrdiff_t a_stride,
-                                                        const cell* panel, int depth) {
+                                                        const cell* panel, int depth, Beside beside = {}) {
     for (int i = 0; i < depth; ++i, panel += PANEL) {
+        beside.step();
         u32v b[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) b[v] = load(panel + v * LANES);
@@ -83,4 +101,24 @@ inline __attribute__((always_inline)) void for_row_blocks(int rows, F&& f) {
         with_row_count<MOST>(count, [&](auto n) { f(n, first); });
         first += count;
     }
+}
+
+// As for_row_blocks, with f(RowCount, first row, beside): products over ``depth`` cells with ``beside`` bring ``next``,
+// of as many cells, into the cache. While a panel is multiplied with several blocks of rows, memory has nothing else to
+// do; with one block it is read as fast as it comes.
+template <int MOST = MAX_ROWS, class F>
+inline __attribute__((always_inline)) void for_row_blocks(int rows, const cell* next, int64_t depth, F&& f) {
+    constexpr uint64_t STEP = PANEL * sizeof(cell);
+    const int blocks = (rows + MOST - 1) / MOST;
+    if (!next || blocks < 2) return for_row_blocks<MOST>(rows, [&](auto count, int row) { f(count, row, Nothing{}); });
+    const char* memory = reinterpret_cast<const char*>(next);
+    const uint64_t pace = (STEP << 16) / blocks;
+    uint64_t place = 0;
+    for_row_blocks<MOST>(rows, [&](auto count, int row) {
+        if (STEP > 64 * uint64_t(blocks))
+            f(count, row, Prefetch<2>{memory, place, pace});
+        else
+            f(count, row, Prefetch<1>{memory, place, pace});
+        place += pace * depth;
+    });
 }

@@ -230,6 +230,7 @@ def test_rounding_is_to_nearest_even_for_every_number(ops, dtype: torch.dtype) -
     seed=SEEDS,
 )
 @example(rows=400, inputs=64, outputs=130, bias=True, dtype=torch.bfloat16, seed=1)  # more than one task's rows
+@example(rows=20, inputs=2600, outputs=130, bias=True, dtype=torch.bfloat16, seed=1)  # a depth that is cut
 def test_linear_agrees_with_the_reference(ops, rows, inputs, outputs, bias, dtype, seed) -> None:
     x, weight = normal(seed, rows, inputs, dtype=dtype), normal(seed + 1, outputs, inputs, dtype=dtype)
     b = normal(seed + 2, outputs, dtype=dtype) if bias else None
@@ -239,19 +240,20 @@ def test_linear_agrees_with_the_reference(ops, rows, inputs, outputs, bias, dtyp
     assert actual.dtype == dtype and ((actual.double() - expected).abs() <= error).all()
 
 
+@pytest.mark.parametrize("inputs", [300, 2600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_of_a_row_is_the_same_bits_in_any_batch(ops, instruction_set, dtype: torch.dtype) -> None:
-    """Any number of rows, also as a view of wider rows, on any number of threads."""
-    weight, bias = normal(1, 200, 300, dtype=dtype), normal(2, 200, dtype=dtype)
-    wide = normal(3, 500, 700, dtype=dtype)
-    x = wide[:, 100:400]
+def test_linear_of_a_row_is_the_same_bits_in_any_batch(ops, instruction_set, dtype: torch.dtype, inputs: int) -> None:
+    """Any number of rows, also as a view of wider rows, on any number of threads; with depths that are cut, too."""
+    weight, bias = normal(1, 200, inputs, dtype=dtype), normal(2, 200, dtype=dtype)
+    wide = normal(3, 500, inputs + 400, dtype=dtype)
+    x = wide[:, 100:-300]
     packed = ops.pack_linear(weight)
     expected = torch.cat([ops.linear(row[None], packed, bias) for row in x])
     library = cpu_library.load_library(instruction_set)
     try:
         for threads in (1, 3):
             library.set_threads(threads)
-            for rows in (2, 3, 5, 6, 7, 32, 193, 500):
+            for rows in (2, 3, 5, 6, 7, 32, 96, 97, 193, 500):
                 assert torch.equal(ops.linear(x[:rows], packed, bias), expected[:rows])
                 assert torch.equal(ops.linear(x[-rows:].clone(), packed, bias), expected[-rows:])
     finally:
