@@ -22,12 +22,15 @@ from demo_data import (  # noqa: E402
     chat,
     corpus,
     facts,
+    families,
     knowledge,
     lists,
+    made_up,
     patterns,
     phrases,
     questions,
     tools,
+    values,
 )
 
 ASSETS = ROOT / "nanovllm" / "assets" / "demo"
@@ -146,12 +149,13 @@ def test_a_question_keeps_its_words_among_remarks(language: str) -> None:
 
 
 def test_every_topic_is_asked_in_many_situations() -> None:
-    for language in ("en",):
+    for language in ("en", "zh"):
         situations = [line for line in lists.lines(f"situations_{language}.txt") if not line.startswith("<")]
         topics = {line.partition(":")[0] for line in situations if not line.startswith(" ")}
         assert topics == {topic.key for topic in knowledge.load_topics() if topic.kind != "unknown"}
-        patterns_of = patterns.patterns(language)
-        assert all(len(patterns_of[topic]) >= 8 for topic in topics)
+        for topic in topics:
+            rng, given = Random(6), patterns.patterns(language)[topic]
+            assert len({patterns.expand(rng.choice(given), rng) for _ in range(300)}) > 100, topic
 
 
 @pytest.mark.parametrize("pattern", ["a [b|c", "a ]b"])
@@ -227,8 +231,8 @@ def test_held_out_questions_are_of_every_topic() -> None:
     for topic in knowledge.load_topics():
         for language in ("en", "zh"):
             assert len(questions.held_out(language, topic.key)) >= 2, topic.key
-    known = {name for family in tools.families() for name in family.names}
-    unknown = {name for family in tools.load_families("held_out_tools.txt") for name in family.names}
+    known = {name for family in families.families() for name in family.names}
+    unknown = {name for family in families.load_families("held_out_tools.txt") for name in family.names}
     assert len(unknown) >= 20 and not known & unknown
     words = lists.lists("values.txt")
     assert not {f"{verb}_{noun}" for verb in words["verb"] for noun in words["noun"]} & unknown
@@ -259,7 +263,7 @@ def test_sums_are_right_and_held_out_ones_stay_out() -> None:
 
 def test_a_request_names_every_value_once() -> None:
     rng = Random(6)
-    for family in tools.families():
+    for family in families.families():
         for ask in (*family.en, *family.zh, *family.test_en, *family.test_zh):
             for _ in range(20):
                 named = sorted(re.findall(r"{(\d)}", patterns.expand(ask, rng)))
@@ -283,22 +287,22 @@ def test_tool_cases_are_consistent() -> None:
 
 def test_a_made_up_function_is_not_one_of_the_evaluation() -> None:
     rng, new = Random(8), {pair.replace(" ", "_") for pair in lists.lists("values.txt")["new"]}
-    assert all(tools.made_up_family(rng, test=True).names[0] in new for _ in range(50))
-    assert not any(tools.made_up_family(rng).names[0] in new for _ in range(3000))
+    assert all(made_up.made_up_family(rng, test=True).names[0] in new for _ in range(50))
+    assert not any(made_up.made_up_family(rng).names[0] in new for _ in range(3000))
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_words_around_a_request_leave_its_values_apart(language: str) -> None:
     """The words of the request stay, and no word stands beside a value that any word could belong to."""
     rng, longer = Random(9), 0
-    for family in tools.families():
+    for family in families.families():
         for ask in family.zh if language == "zh" else family.en:
             plain = patterns.expand(ask, rng)
             asked = tools.surround(plain, family, language, rng)
             named = re.findall(r"{\d}", plain)
             assert re.findall(r"{\d}", asked) == named
             longer += asked != plain
-            for kind in tools._OPEN & {parameter.kind for parameter in family.parameters}:
+            for kind in values.OPEN & {parameter.kind for parameter in family.parameters}:
                 value = f"{{{[parameter.kind for parameter in family.parameters].index(kind)}}}"
                 if plain.endswith(value):
                     assert asked.split(value)[1][:1] in ("", ",", "，")
@@ -311,13 +315,13 @@ def test_values_are_of_their_kind() -> None:
     rng = Random(10)
     for language in ("en", "zh"):
         for kind in ("city", "person", "song", "topic", "product", "country", "room", "food", "note", "phrase"):
-            drawn = [tools.draw_value(kind, language, rng) for _ in range(400)]
+            drawn = [values.draw_value(kind, language, rng) for _ in range(400)]
             assert len(set(drawn)) > 200  # copied, not known by heart
             assert all(value and value == value.strip() and not set(value) & set('{}[]"“”') for value in drawn)
         assert all(
-            re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", tools.draw_value("clock", language, rng)) for _ in range(200)
+            re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", values.draw_value("clock", language, rng)) for _ in range(200)
         )
-        assert all(1 <= tools.draw_value("int", language, rng) <= 99999 for _ in range(200))
+        assert all(1 <= values.draw_value("int", language, rng) <= 99999 for _ in range(200))
 
 
 def test_a_part_to_be_repeated_stands_in_the_text() -> None:

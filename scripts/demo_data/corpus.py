@@ -17,7 +17,8 @@ from .knowledge import Topic, load_facts, load_topics
 from .lists import lines
 from .patterns import expand, patterns
 from .phrases import accompany, disturb, phrases, punctuate
-from .tools import call_text, draw_case, draw_value, new_name
+from .tools import call_text, draw_case
+from .values import draw_value, new_name
 
 # The shares of the kinds of examples, about percents.
 SHARES = {
@@ -131,15 +132,15 @@ class Corpus:
             return punctuate(accompany(unknown.draw(language, rng), language, rng), language, rng)
         side = topic.side(language)
         way = rng.random()
-        if way < 0.5:
+        if way < 0.6:
             return disturb(expand(rng.choice(self._patterns[language][topic.key]), rng), language, rng)
-        if way < 0.62:
+        if way < 0.71:
             # Few real questions share their wording, but they share words with the topic.
             words = [rng.choice(side.words) for _ in range(3)]
             frame = rng.choice(phrases(language, "words"))
             return disturb(frame.format(*words), language, rng)
         templates = phrases(language, topic.kind)
-        if way < 0.8 and templates:
+        if way < 0.84 and templates:
             return disturb(rng.choice(templates).format(x=rng.choice(side.names)), language, rng)
         return disturb(rng.choice(side.questions), language, rng)
 

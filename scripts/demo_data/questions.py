@@ -15,10 +15,12 @@ from typing import Any
 
 from .arithmetic import Sum, ask_sum, draw_sum
 from .chat import render
+from .families import Family, families, load_families
 from .knowledge import Topic, holds, load_topics
 from .lists import lists
 from .phrases import phrases
-from .tools import Family, ToolCase, draw_case, families, load_families, make_case, new_name
+from .tools import ToolCase, draw_case, make_case
+from .values import new_name
 
 
 @dataclass(frozen=True)
