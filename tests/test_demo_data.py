@@ -155,7 +155,7 @@ def test_every_topic_is_asked_in_many_situations() -> None:
         assert topics == {topic.key for topic in knowledge.load_topics() if topic.kind != "unknown"}
         for topic in topics:
             rng, given = Random(6), patterns.patterns(language)[topic]
-            assert len({patterns.expand(rng.choice(given), rng) for _ in range(300)}) > 100, topic
+            assert len({patterns.expand(rng.choice(given), rng) for _ in range(300)}) > 60, topic
 
 
 @pytest.mark.parametrize("pattern", ["a [b|c", "a ]b"])
