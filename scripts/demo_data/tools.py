@@ -56,7 +56,7 @@ def call_text(name: str, arguments: dict[str, Any]) -> str:
 
 
 # How often words are put before a request, after it, and beside one of its values.
-BEFORE, AFTER, BESIDE = 0.3, 0.3, 0.12
+BEFORE, AFTER, BESIDE = 0.3, 0.3, 0.18
 
 
 def surround(ask: str, family: Family, language: str, rng: Random) -> str:
@@ -97,10 +97,12 @@ def _beside(ask: str, family: Family, language: str, rng: Random) -> str:
     if not found:
         return ask
     match, kind = rng.choice(found)
-    word = rng.choice(phrases(language, "request beside") + (phrases("en", "strange words") if gap else ()))
+    words = phrases(language, "request beside") + (phrases("en", "strange words") if gap else ())
     # a number is followed by what it counts
-    if kind in ("int", "number") or rng.random() < 0.3:
+    if kind in ("int", "number") or rng.random() < 0.4:
+        word = rng.choice(words + phrases(language, "request ahead"))
         return ask[: match.start()] + word + gap + ask[match.start() :]
+    word = rng.choice(words)
     return ask[: match.end()] + gap + word + ask[match.end() :]
 
 
