@@ -5,10 +5,10 @@
     python benchmarks/npu_check.py --device cpu --quick             # a rehearsal: only to see that the command works
 
 First the checks: what nanovllm doctor finds; every operator against the reference; greedy tokens of the model in the
-box against the CPU; graphs against single launches, token for token; prefix cache, chunks of prompts, preemption. Then
-the figures, on Qwen3-0.6B's shape with random weights: Nano-vLLM's benchmark, one stream, prompts, batches, time to
-start. One JSON file holds everything: attach it to a report. What fails is noted with its reason, and the rest goes on;
-the exit code is 1 if a check failed.
+box against the CPU; graphs against single launches, token for token; prefix cache, chunks of prompts, preemption;
+collectives between the NPUs, if there are several. Then the figures, on Qwen3-0.6B's shape with random weights:
+Nano-vLLM's benchmark, one stream, prompts, batches, time to start. One JSON file holds everything: attach it to a
+report. What fails is noted with its reason, and the rest goes on; the exit code is 1 if a check failed.
 
 On a 310P float16 and eager mode are chosen by themselves. The network is not used.
 """

@@ -17,6 +17,7 @@ import gpu_correctness
 import torch
 from gpu_engine import Setup, fixed, free_memory
 from npu_operators import operators
+from npu_ranks import ranks
 from tokenizers import Tokenizer
 
 from nanovllm import LLM
@@ -145,4 +146,5 @@ CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "prefix_cache": prefix_cache,
     "chunks": chunks,
     "preemption": preemption,
+    "ranks": ranks,
 }
