@@ -249,6 +249,18 @@ def test_held_out_requests_are_worded_anew() -> None:
             assert normal(ask) not in known[family.names[0]]
 
 
+def test_drawn_requests_are_not_held_out_ones() -> None:
+    rng = Random(13)
+    for language in ("en", "zh"):
+        held = {(family.names[0], normal(ask)) for family, ask in questions.new_wordings(language)}
+        drawn = []
+        for _ in range(20000):
+            family = rng.choice(families.families())
+            ask = patterns.expand(rng.choice(family.zh if language == "zh" else family.en), rng)
+            drawn.append((family.names[0], normal(tools.surround(ask, family, language, rng))))
+        assert sum(ask in held for ask in drawn) < 3  # the words around a request may make one of another
+
+
 def test_sums_are_right_and_held_out_ones_stay_out() -> None:
     rng = Random(0)
     for _ in range(2000):
