@@ -1,19 +1,32 @@
-"""Compile the Triton kernels for a GPU that need not be there: ``python tests/cuda_compile.py 90``.
+"""Compile the Triton kernels for GPUs that need not be there, down to machine code:
 
-Runs the operators on CPU tensors with every launch turned into a compilation, down to machine code, and prints one JSON
-object: for each kernel its name, the bytes of its code, the shared memory it takes, and which matrix units it uses.
+    python tests/cuda_compile.py 90            # a choice that covers every kernel
+    python tests/cuda_compile.py --full 80 86 89 90 100 120     # everything the product selects; some minutes each
+
+Runs the operators on CPU tensors with every launch turned into a compilation, and prints one JSON object per kernel
+and line: its name and constants, the bytes of its code, the registers of a thread, the bytes that spill out of them,
+the shared memory of a program, which matrix units it uses, and whether it loads 16 bytes at a time ahead of their use.
+With --full, what does not compile is printed, too.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 from paged import make_metadata
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -23,6 +36,11 @@ from nanovllm.ops.cuda.elementwise import CudaElementwise
 from nanovllm.ops.cuda.linear import CudaLinear
 from nanovllm.ops.cuda.penalties import penalise
 from nanovllm.ops.cuda.sampling import Choices, choose
+
+# Bytes that one program may use, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+FLOAT8 = torch.float8_e4m3fn
+Work = Callable[[], object]
 
 
 class Driver:
@@ -41,57 +59,169 @@ class Driver:
         return 0
 
 
-def compile_all(capability: int, shared_memory: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Compile what a model in ``dtype`` uses."""
-    compiled: list[dict[str, Any]] = []
-    run = JITFunction.run
+class Compiler:
+    """Turns launches into compilations for one GPU; what has been compiled is not compiled again."""
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        ptx = kernel.asm["ptx"]
-        compiled.append({
-            "kernel": self.fn.__name__,
-            "bytes": len(kernel.asm["cubin"]),
+    def __init__(self, capability: int) -> None:
+        self.found: list[dict[str, Any]] = []
+        self._met: set[str] = set()
+        run = JITFunction.run
+
+        def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+            if kernel.hash not in self._met:
+                self._met.add(kernel.hash)
+                self.found.append(self._describe(function, kernel, args, kwargs))
+            return kernel
+
+        triton.runtime.driver.set_active(Driver(capability))
+        JITFunction.run = compile_only
+
+    @staticmethod
+    def _describe(function: Any, kernel: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        ptx, code = kernel.asm["ptx"], kernel.asm["cubin"]
+        dtypes = [str(arg.dtype).removeprefix("torch.") for arg in args if isinstance(arg, Tensor)]
+        return {
+            "kernel": function.fn.__name__,
+            "dtypes": dtypes[:2],
+            "constants": {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)},
+            "bytes": len(code),
+            **_resources(code),
             "shared": kernel.metadata.shared,
             "tensor cores": next((name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync") if name in ptx), None),
-        })  # fmt: skip
-        return kernel
+            "loads ahead": "cp.async.cg" in ptx,  # 16 bytes at a time
+        }
 
-    triton.runtime.driver.set_active(Driver(capability))
-    JITFunction.run = compile_only
-    generation = (capability // 10, capability % 10)
-    elementwise, attention = CudaElementwise(torch_operators()), TritonAttention(132, shared_memory)
-    x, weight = torch.zeros(16, 1024, dtype=dtype), torch.zeros(1024, dtype=dtype)
+
+def _resources(code: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its memory: what did not fit into registers."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout))
+    return {"registers": int(usage["REG"]), "spilled": max(int(usage["STACK"]), int(usage["LOCAL"]))}
+
+
+# ---- what is launched -----------------------------------------------------------------------------------------------
+
+
+def _attention(
+    shared: int, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, group: int, windowed: bool
+) -> None:
+    """Decodes, their pieces merged, and longer queries, of one model."""
+    attention = TritonAttention(132, shared)
+    caches = [torch.zeros(5, 16, 2, head_dim, dtype=dtype).to(kv_dtype) for _ in range(2)]
+    meta = make_metadata([[1, 2], [3, 4]], [20, 3], [1, 9], 16)
+    window = 8 if windowed else None
+    attention.prepare_attention(meta, [window], dtype)
+    attention.paged_attention(torch.zeros(10, 2 * group, head_dim, dtype=dtype), *caches, meta, 0.1, window)
+
+
+def _elementwise(dtype: torch.dtype, kv_dtype: torch.dtype, hidden: int, head_dim: int) -> None:
+    """Norms, activations, and the way of queries, keys and values to attention."""
+    elementwise = CudaElementwise(torch_operators())
+    x, weight = torch.zeros(16, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
     elementwise.rms_norm(x, weight, 1e-6)
     elementwise.add_rms_norm(x, x, weight, 1e-6)
     elementwise.silu_and_mul(x)
-    elementwise.gelu_and_mul(x, "tanh")
-    qkv, turn = torch.zeros(10, 32, 128, dtype=dtype), torch.zeros(10, 1, 128, dtype=dtype)
-    caches = [torch.zeros(5, 16, 8, 128, dtype=dtype) for _ in range(2)]
-    meta = make_metadata([[1, 2], [3, 4]], [20, 3], [1, 9], 16)
-    elementwise.norm_rotate_write(qkv, weight[:128], weight[:128], 1e-6, turn, turn, *caches, meta.slot_mapping)
+    for approximate in ("tanh", "none"):
+        elementwise.gelu_and_mul(x, approximate)
+    qkv, turn = torch.zeros(10, 32, head_dim, dtype=dtype), torch.zeros(10, 1, head_dim, dtype=dtype)
+    scale = torch.zeros(head_dim, dtype=dtype)
+    elementwise.rms_norm(qkv[:, :4], scale, 1e-6)
+    caches = [torch.zeros(5, 16, 8, head_dim, dtype=dtype).to(kv_dtype) for _ in range(2)]
+    slots = torch.arange(10)
+    for norm in (scale, None):
+        elementwise.norm_rotate_write(qkv, norm, norm, 1e-6, turn, turn, *caches, slots)
     elementwise.copy_blocks([(caches[0], caches[1])], [1], [2])
-    attention.prepare_attention(meta, [None, 8], dtype)
-    q = qkv[:, :16].contiguous()
-    for window in (None, 8):
-        attention.paged_attention(q, *caches, meta, 0.1, window)
-    if generation >= (8, 9):
-        eight = [cache.to(torch.float8_e4m3fn) for cache in caches]
-        attention.paged_attention(q, *eight, meta, 0.1, None)
-    for kind in ("int8", "int4", "w8a8"):
-        linear = CudaLinear(torch_operators(), kind, 132, generation)
+
+
+def _products(kind: str, shared: int, capability: int, dtype: torch.dtype, rows: int, bias: bool) -> None:
+    """A product with a quantised weight; many multiprocessors split its inputs, one does not."""
+    generation = (capability // 10, capability % 10)
+    for multiprocessors in (132, 1):
+        linear = CudaLinear(torch_operators(), kind, multiprocessors, generation)
         packed = linear.pack_linear(torch.zeros(256, 1024, dtype=dtype))
-        for rows in (1, 200) if kind == "int4" else (200,):
-            linear.linear(torch.zeros(rows, 1024, dtype=dtype), packed, None)
+        linear.linear(torch.zeros(rows, 1024, dtype=dtype), packed, torch.zeros(256, dtype=dtype) if bias else None)
+
+
+def _sampling(vocab_size: int) -> None:
     numbers = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     choices = Choices(numbers[0], numbers[1].int(), numbers[0], numbers[0], numbers[1], numbers[1])
-    choose(torch.zeros(4, 151_936), choices)
+    choose(torch.zeros(4, vocab_size), choices)
     which = np.arange(4)
     amounts = np.full(4, 0.5, np.float32)
-    penalise(torch.zeros(4, 151_936), torch.zeros(4, 64).int(), which, which, which + 9, which, *[amounts] * 3)
-    return compiled
+    penalise(torch.zeros(4, vocab_size), torch.zeros(4, 64).int(), which, which, which + 9, which, *[amounts] * 3)
+
+
+def selected(capability: int, full: bool) -> Iterator[tuple[str, Work]]:
+    """What to launch: every kernel in the formats and sizes that models have, or a choice of them."""
+    shared = SHARED_MEMORY[capability]
+    half, float8 = torch.bfloat16, [FLOAT8] if capability >= 89 else []
+    attention = [(half, half, 128, 2, False), (half, half, 128, 2, True), (half, half, 256, 8, False)]
+    attention += [(torch.float16, torch.float16, 80, 7, False), (torch.float32, torch.float32, 128, 1, False)]
+    attention += [(half, kv, 128, 2, False) for kv in float8]
+    elementwise = [(half, float8[0] if float8 else half, 1024, 128)]
+    kinds = ("int8", "int4", "w8a8")
+    products = [(kind, half, rows, False) for kind in kinds for rows in (1, 200)] + [("int8", torch.float32, 200, True)]
+    vocabularies = [151_936]
+    if full:
+        dtypes = (half, torch.float16, torch.float32)
+        head_dims = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
+        attention = [
+            (dtype, kv, head_dim, group, windowed)
+            for dtype in dtypes
+            for kv in (dtype, *float8)
+            for head_dim in head_dims
+            for group in ((1, 8) if head_dim != 128 else (1, 2, 4, 5, 7, 8, 16, 32))
+            for windowed in (False, True)
+        ]
+        elementwise = [
+            (dtype, kv, hidden, head_dim)
+            for dtype in dtypes
+            for kv in (dtype, *float8)
+            for hidden, head_dim in ((512, 32), (1024, 128), (1536, 96), (2560, 80), (4096, 64), (8192, 256))
+        ]
+        rows = (1, 32, 64, 100, 200)
+        products = [
+            (kind, dtype, n, bias) for kind in kinds for dtype in dtypes for n in rows for bias in (False, True)
+        ]
+        vocabularies = [32_000, 128_256, 151_936, 262_144]
+    for case in attention:
+        yield f"attention {case}", partial(_attention, shared, *case)
+    for case in elementwise:
+        yield f"elementwise {case}", partial(_elementwise, *case)
+    for kind, dtype, count, bias in products:
+        yield f"product {kind, dtype, count, bias}", partial(_products, kind, shared, capability, dtype, count, bias)
+    for vocab_size in vocabularies:
+        yield f"sampling from {vocab_size}", partial(_sampling, vocab_size)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", nargs="+", type=int, choices=SHARED_MEMORY, help="90 for 9.0")
+    parser.add_argument(
+        "--full", action="store_true", help="all sizes and formats; what fails is told, and all goes on"
+    )
+    args = parser.parse_args()
+    failures = 0
+    for capability in args.capability:
+        compiler, told = Compiler(capability), 0
+        for name, work in selected(capability, args.full):
+            try:
+                work()
+            except Exception as error:
+                if not args.full:
+                    raise
+                failures += 1
+                print(f"{capability}: {name}: {type(error).__name__}: {str(error)[:400]}", file=sys.stderr, flush=True)
+            for kernel in compiler.found[told:]:
+                print(json.dumps({"capability": capability, **kernel}), flush=True)
+            told = len(compiler.found)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    wanted = int(sys.argv[1])
-    print(json.dumps(compile_all(wanted, {80: 163, 89: 99}.get(wanted, 227) << 10, torch.bfloat16)))
+    sys.exit(main())

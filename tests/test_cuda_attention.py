@@ -209,7 +209,9 @@ def test_tiles_cover_every_query_once(lengths: list[int], queries: int, data: st
 def test_tiles_fit_into_shared_memory(shared_memory: int, head_dim: int, itemsize: int) -> None:
     for choose in (decode_tiles, long_tiles):
         tiles = choose(head_dim, itemsize, shared_memory)
-        assert tiles.lines * head_dim * itemsize + tiles.stages * 2 * tiles.keys * head_dim * itemsize <= shared_memory
+        row = head_dim * itemsize
+        assert tiles.lines * row + max(1, tiles.stages - 1) * 2 * tiles.keys * row <= shared_memory
+        assert tiles.stages == 3 or itemsize == 4  # shorter pipelines only where nothing is fast anyway
 
 
 # ---- torch's flash attention for longer queries -------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from nanovllm.models import Decoder
 from nanovllm.ops import graphs
 from nanovllm.ops.cuda import attention
 from nanovllm.ops.cuda.attention import Tiles, TritonAttention
-from nanovllm.ops.cuda.graphs import DecodePlans
+from nanovllm.ops.cuda.graphs import CudaCapture, DecodePlans
 from nanovllm.ops.graphs import BUCKETS, DecodeGraphs
 from nanovllm.runner.model_runner import is_out_of_memory
 
@@ -149,6 +151,61 @@ def test_a_recording_that_failed_is_not_replayed(model: Decoder) -> None:
     with pytest.raises(RuntimeError, match="on fire"):
         recorded.run(table, [2, 5])
     assert torch.equal(recorded.run(table, [2, 5]), launched.run(table, [2, 5]))
+
+
+class TorchGraphs:
+    """As much of torch.cuda as recording takes. A pool is given up with its last graph, and cannot be used again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools: list[int] = []
+        self.live: dict[int, int] = {}  # graphs of every pool
+        fake = self
+
+        class Graph:
+            pool: int | None = None
+
+            def replay(self) -> None:
+                """Nothing to replay."""
+
+            def __del__(self) -> None:
+                if self.pool is not None:
+                    fake.live[self.pool] -= 1
+
+        @contextmanager
+        def record(graph: Graph, pool: int, capture_error_mode: str) -> Iterator[None]:
+            assert fake.live.get(pool, 1) > 0, "this pool has been given up"
+            yield
+            graph.pool = pool
+            fake.live[pool] = fake.live.get(pool, 0) + 1
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", self.new_pool)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", record)
+
+    def new_pool(self) -> int:
+        self.pools.append(len(self.pools))
+        return self.pools[-1]
+
+
+def test_graphs_share_a_pool_until_the_last_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = TorchGraphs(monkeypatch)
+    capture = CudaCapture()
+
+    def record() -> Callable[[], None]:
+        return capture(lambda: torch.ones(1), torch.zeros(1))[0]
+
+    kept = [record(), record(), record()]
+    assert cuda.live == {0: 3}
+    kept.pop()
+    kept.append(record())
+    assert cuda.live == {0: 3}
+    kept.clear()  # a wider block table, or memory that had to be given back
+    kept.append(record())
+    assert cuda.live == {0: 0, 1: 1}
 
 
 def test_a_wider_block_table_is_recorded_anew(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

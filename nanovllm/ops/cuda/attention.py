@@ -31,7 +31,7 @@ class Tiles:
 
 
 def decode_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Tiles:
-    """For one query per row: as many stages as two tiles of keys and values leave room for."""
+    """For one query per row."""
     keys = 64 if head_dim * itemsize <= 256 else 32
     return Tiles(16, keys, 4, _stages(2 * keys * head_dim * itemsize, 16 * head_dim * itemsize, shared_memory))
 
@@ -44,7 +44,8 @@ def long_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Tiles:
 
 
 def _stages(per_stage: int, fixed: int, shared_memory: int) -> int:
-    return max(1, min(3, (shared_memory - fixed) // per_stage))
+    """Three, where two tiles of keys and values fit: the block table is read two steps ahead, what it points to one."""
+    return max(1, min(3, 1 + (shared_memory - fixed) // per_stage))
 
 
 @dataclass(slots=True)

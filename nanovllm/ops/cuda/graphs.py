@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +17,14 @@ from nanovllm.ops.transfer import upload
 
 
 class CudaCapture:
-    """Records work as CUDA graphs that share one memory pool: they never run at the same time."""
+    """Records work as CUDA graphs that share one memory pool: they never run at the same time.
+
+    torch gives a pool up with its last graph, and refuses to record into it again: the next graph begins a new one.
+    """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._recorded: weakref.WeakSet[Any] = weakref.WeakSet()  # graphs that somebody can still replay
         self._stream = torch.cuda.Stream()
 
     def __call__(self, work: Work, plan: Tensor) -> tuple[Callable[[], None], Tensor]:
@@ -31,9 +37,12 @@ class CudaCapture:
         with torch.cuda.stream(self._stream):
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
+        if not self._recorded:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
+        self._recorded.add(graph)
         return graph.replay, result
 
 

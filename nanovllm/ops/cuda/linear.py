@@ -14,22 +14,24 @@ from nanovllm.ops.operators import Operators
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper multiply 8-bit floats
 
 
-@triton.jit(do_not_specialize=["rows", "per_split"])
+@triton.jit(do_not_specialize=["rows", "steps_per_split"])
 def _product(
-    x, x_scales, weight, scales, bias, out, rows, per_split,
+    x, x_scales, weight, scales, bias, out, rows, steps_per_split,
     N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
     PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x [rows, K] @ weight[N, K].T, over ``per_split`` inputs; PARTIAL: one float32 sum per split.
+    """A tile of x [rows, K] @ weight[N, K].T, over some steps of BLOCK_K inputs; PARTIAL: one float32 sum per split.
 
     Integers become the dtype of x without rounding, so that only the sums are rounded (w8a8: not even those). A group's
-    scale of a 4-bit weight multiplies the group's sum.
+    scale of a 4-bit weight multiplies the group's sum. Loops count steps, not inputs: the compiler sees that a step
+    begins at a multiple of BLOCK_K, and loads 16 bytes at a time, ahead of their use. Otherwise it would load single
+    numbers.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    first = split * per_split
-    end = tl.minimum(first + per_split, K)
+    first = split * steps_per_split
+    end = tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_K))
     inside_m, inside_n = (m < rows)[:, None], (n < N)[None, :]
     line = x + m.to(tl.int64)[:, None] * K
     if KIND == "w8a8":
@@ -39,20 +41,21 @@ def _product(
     if KIND == "int4":
         half = tl.arange(0, GROUP // 2)
         column = weight + n.to(tl.int64)[None, :] * (K // 2)
-        for k in range(first, end, GROUP):
-            low_x = tl.load(line + k + half[None, :], mask=inside_m, other=0.0)
-            high_x = tl.load(line + k + GROUP // 2 + half[None, :], mask=inside_m, other=0.0)
-            packed = tl.load(column + k // 2 + half[:, None], mask=inside_n, other=0)
+        for group in range(first, end):  # BLOCK_K is GROUP
+            low_x = tl.load(line + group * GROUP + half[None, :], mask=inside_m, other=0.0)
+            high_x = tl.load(line + group * GROUP + GROUP // 2 + half[None, :], mask=inside_m, other=0.0)
+            packed = tl.load(column + group * (GROUP // 2) + half[:, None], mask=inside_n, other=0)
             low, high = (packed & 15).to(x.dtype.element_ty) - 8, (packed >> 4).to(x.dtype.element_ty) - 8
             part = tl.dot(low_x, low.to(x.dtype.element_ty), input_precision="ieee")
             part = tl.dot(high_x, high.to(x.dtype.element_ty), part, input_precision="ieee")
-            scale = tl.load(scales + n * (K // GROUP) + k // GROUP, mask=n < N, other=0.0).to(tl.float32)
+            scale = tl.load(scales + n * (K // GROUP) + group, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[None, :]
     else:
         depth = tl.arange(0, BLOCK_K)
         column = weight + n.to(tl.int64)[None, :] * K
-        for k in range(first, end, BLOCK_K):
-            inside_k = k + depth < end
+        for step in range(first, end):
+            k = step * BLOCK_K
+            inside_k = k + depth < K
             tile_x = tl.load(line + k + depth[None, :], mask=inside_m & inside_k[None, :], other=0)
             tile_w = tl.load(column + k + depth[:, None], mask=inside_n & inside_k[:, None], other=0)
             if KIND == "w8a8":
@@ -138,18 +141,19 @@ class CudaLinear:
 
     def _multiply(self, x: Tensor, x_scales: Tensor | None, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         rows, (inputs, outputs) = x.shape[0], (weight.inputs, weight.values.shape[0])
-        block_m = min(128, max(16, triton.next_power_of_2(rows)))
+        # Products in float32 have no matrix units: what is multiplied has to fit into registers.
+        block_m = min(32 if x.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(rows)))
         block_n, block_k = 64, INT4_GROUP if weight.kind == "int4" else 128
         tiles = triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n)
         # Few tiles leave most of the GPU idle: then the inputs are split, and the sums added in a fixed order.
         steps = triton.cdiv(inputs, block_k)
         splits = max(1, min(2 * self._multiprocessors // tiles, steps // 2))
-        per_split = triton.cdiv(steps, splits) * block_k
-        splits = triton.cdiv(inputs, per_split)
+        steps_per_split = triton.cdiv(steps, splits)
+        splits = triton.cdiv(steps, steps_per_split)
         shape = (rows, outputs) if splits == 1 else (splits, rows, outputs)
         out = torch.empty(shape, dtype=weight.dtype if splits == 1 else torch.float32, device=x.device)
         _product[(triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n), splits)](
-            x, x_scales, weight.values, weight.scales, bias, out, rows, per_split,
+            x, x_scales, weight.values, weight.scales, bias, out, rows, steps_per_split,
             N=outputs, K=inputs, KIND=weight.kind, GROUP=INT4_GROUP, BIAS=bias is not None, PARTIAL=splits > 1,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8 if block_m == 128 else 4, num_stages=3,
         )  # fmt: skip
