@@ -126,6 +126,26 @@ def test_a_prompt_must_leave_room_for_a_token(processor):
         processor.process([1] * MAX_MODEL_LEN)
 
 
+def test_what_is_far_too_long_is_refused_by_its_size(processor, monkeypatch):
+    text = "A dog ran. " * 100_000
+    with monkeypatch.context() as patch:
+        patch.setattr(processor.tokenizer, "encode", None)
+        for ask in (
+            lambda: processor.process(text),
+            lambda: processor.process_pooling({"prompt": text}),
+            lambda: processor.render_chat([{"role": "user", "content": text}]),
+        ):
+            with pytest.raises(ParameterError) as caught:
+                ask()
+            words = (
+                r"maximum context length is 64 tokens. However, your prompt contains at least (\d+) input tokens, which"
+            )
+            fewest = int(re.search(words, str(caught.value))[1])
+            assert caught.value.parameter == "input_tokens" and caught.value.value == fewest
+    tokens = processor.render_chat([{"role": "user", "content": text}], any_length=True)["prompt_token_ids"]
+    assert MAX_MODEL_LEN < fewest <= len(tokens)
+
+
 def test_the_context_length_may_be_lowered_later(processor):
     processor.max_model_len = 10
     assert processor.process([1] * 4, SamplingParams(max_tokens=None)).params.max_tokens == 6

@@ -137,6 +137,22 @@ def test_a_prompt_longer_than_the_context_is_refused_in_the_words_clients_look_f
             assert error["param"] == "input_tokens"
 
 
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(server: Served):
+    long, text = (
+        "word " * 5_000_000,
+        "This model's maximum context length is 2048 tokens. However, your prompt contains at ",
+    )
+    for path, body in (
+        (COMPLETIONS, {"prompt": long}),
+        (COMPLETIONS, {"prompt": long, "add_special_tokens": False}),
+        (CHAT, {"messages": [{"role": "user", "content": long}]}),
+    ):
+        error = refusal(server, path, body)
+        assert error["message"].startswith(text + "least ") and error["param"] == "input_tokens"
+    cut = server.ask(COMPLETIONS, {"prompt": "word " * 50_000, "truncate_prompt_tokens": 5, "max_tokens": 1})
+    assert cut["usage"]["prompt_tokens"] == 5
+
+
 def test_a_body_of_the_wrong_form_names_the_place(server: Served):
     error = refusal(server, COMPLETIONS, {"prompt": "x", "max_tokens": "many"})
     assert error["type"] == "Bad Request" and error["param"] == "body.max_tokens"

@@ -183,6 +183,7 @@ class InputProcessor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        any_length: bool = False,
     ) -> TokensPrompt:
         """A conversation as a prompt, its text included. The template writes BOS itself; it is not added again.
 
@@ -193,9 +194,11 @@ class InputProcessor:
             add_generation_prompt: end with the header of the assistant's answer.
             continue_final_message: let the model go on with the final message.
             chat_template_kwargs: further variables of the template, such as ``enable_thinking``.
+            any_length: tokenise also what is far too long for the context.
 
         Raises:
-            ParameterError: no tokenizer or template, malformed messages, or the template refuses them.
+            ParameterError: no tokenizer or template, malformed messages, or the template refuses them; or the prompt is
+                far too long.
         """
         if self.tokenizer is None:
             raise ParameterError("chat needs a tokenizer, and skip_tokenizer_init is set", "messages", None)
@@ -211,6 +214,8 @@ class InputProcessor:
         }
         text = self.tokenizer.apply_chat_template(messages, tools, tokenize=False, **options)
         assert isinstance(text, str)
+        if not any_length:
+            self.refuse_by_size(text)
         prompt: TokensPrompt = {
             "prompt": text,
             "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False),
@@ -218,6 +223,19 @@ class InputProcessor:
         if self.guides.switched_off(variables):
             prompt["reasoning_ended"] = True
         return prompt
+
+    def refuse_by_size(self, text: str) -> None:
+        """Refuse a prompt so large that it cannot have few enough tokens, instead of tokenising it.
+
+        That would take seconds, and a hundred times the memory of the text, only to come to the same answer.
+
+        Raises:
+            ParameterError: it is.
+        """
+        if self.tokenizer is not None and len(text) > self.max_model_len:
+            fewest = self.tokenizer.fewest_tokens(text)
+            if fewest > self.max_model_len:
+                raise self._too_long(fewest, "at least ", "exceeds this limit even without any")
 
     # Steps of `process`
 
@@ -258,6 +276,7 @@ class InputProcessor:
             text.encode()
         except UnicodeEncodeError as error:
             raise ParameterError(f"the prompt is not Unicode text (position {error.start})", "prompt", text) from None
+        self.refuse_by_size(text)
         return self.tokenizer.encode(text)
 
     def _pooling(self, params: PoolingParams | None) -> Pooling:
@@ -285,14 +304,18 @@ class InputProcessor:
                     token_id,
                 )
         length = len(token_ids)
-        if length > self.max_model_len or (room_for_output and length == self.max_model_len):
-            reason = "exceeds this limit even without any" if length > self.max_model_len else "leaves no room for"
-            raise ParameterError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
-                f"{length} input tokens, which {reason} output tokens. Please reduce the length of the input prompt.",
-                "input_tokens",
-                length,
-            )
+        if length > self.max_model_len:
+            raise self._too_long(length, "", "exceeds this limit even without any")
+        if room_for_output and length == self.max_model_len:
+            raise self._too_long(length, "", "leaves no room for")
+
+    def _too_long(self, length: int, how: str, reason: str) -> ParameterError:
+        return ParameterError(
+            f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains {how}"
+            f"{length} input tokens, which {reason} output tokens. Please reduce the length of the input prompt.",
+            "input_tokens",
+            length,
+        )
 
     def _resolve_max_tokens(self, params: SamplingParams, prompt_length: int) -> None:
         room = self.max_model_len - prompt_length

@@ -42,7 +42,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-_BYTE_OF_CHARACTER = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DecoderRule:
         """Bytes of one token; ``first`` if no token stands before it."""
         if self.byte_level:
             try:
-                return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+                return bytes([BYTE_ALPHABET[character] for character in token])
             except KeyError:  # an added token that was never spelt in the alphabet
                 return token.encode()
         if first and self.dropped_from_first:

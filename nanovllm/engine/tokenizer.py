@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from nanovllm.engine import chat_template as chat
 from nanovllm.engine.detokenizer import Detokenizer, TableDetokenizer, WindowDetokenizer
+from nanovllm.engine.token_size import most_bytes_per_token
 from nanovllm.engine.token_text import TokenText, decoder_rule
 from nanovllm.errors import ModelError, ParameterError
 from nanovllm.model_files import read_json
@@ -103,6 +104,15 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with ``add_special_tokens`` what the model expects around one (often BOS)."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that a text has at least, told by its size; 0 for a tokenizer of which nothing can be said."""
+        size = self._bytes_per_token
+        return 0 if size is None else -(-len(text.encode(errors="surrogatepass")) // size)
+
+    @cached_property
+    def _bytes_per_token(self) -> int | None:
+        return most_bytes_per_token(self.backend)
 
     def decode(
         self,
@@ -262,6 +272,9 @@ class SlowTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def fewest_tokens(self, text: str) -> int:
+        return 0
 
     def decode(
         self,

@@ -123,7 +123,7 @@ async def prepare_chat(context: ServeContext, request: ChatCompletionRequest, ca
     if choice.mode != "none" or _marks_are_special(context):
         params.skip_special_tokens = False  # the marks of calls and reasoning may be special tokens
     ticket.expect(params.n)
-    prompt, variables = await render_messages(context, request)
+    prompt, variables = await render_messages(context, request, any_length=request.truncate_prompt_tokens is not None)
     last = request.messages[-1]
     role = args.response_role if request.add_generation_prompt else last.role
     prefix = last.content if request.echo and last.role == role and isinstance(last.content, str) else ""
@@ -161,11 +161,16 @@ def _template_kwargs(context: ServeContext, request: ChatCompletionRequest) -> d
     return variables
 
 
-async def render_messages(context: ServeContext, request: ChatCompletionRequest) -> tuple[TokensPrompt, dict[str, Any]]:
+async def render_messages(
+    context: ServeContext, request: ChatCompletionRequest, any_length: bool = True
+) -> tuple[TokensPrompt, dict[str, Any]]:
     """The conversation as a prompt, and the template's variables.
 
+    Args:
+        any_length: tokenise also what is far too long for the context.
+
     Raises:
-        ParameterError: the template refuses it.
+        ParameterError: the template refuses it, or it is far too long.
     """
     messages = [message.as_dict() for message in request.messages]
     tools = _tools(request)
@@ -186,6 +191,7 @@ async def render_messages(context: ServeContext, request: ChatCompletionRequest)
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 chat_template_kwargs=variables,
+                any_length=any_length,
             )
         except _TEMPLATE_FAULTS as error:
             json.dumps([messages, tools, variables], ensure_ascii=False).encode()  # names text that is not Unicode

@@ -89,7 +89,7 @@ async def _prompts(context: ServeContext, body: EmbeddingRequest) -> list[dict[s
         names = {"messages", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"}
         fields = body.model_dump(include=names, exclude_none=True)
         chat = ChatCompletionRequest(**fields, add_special_tokens=bool(body.add_special_tokens))
-        prompt, _ = await render_messages(context, chat)
+        prompt, _ = await render_messages(context, chat, any_length=body.truncate_prompt_tokens is not None)
         all_ids = [prompt["prompt_token_ids"]]
     else:
         all_ids = [await _token_ids(context, body, text) for text in _separate(body.input)]
@@ -106,7 +106,10 @@ def _separate(given: Any) -> list[str | list[int]]:
 
 
 async def _token_ids(context: ServeContext, body: EmbeddingRequest, text: str | list[int]) -> list[int]:
-    return text if isinstance(text, list) else await encode(context, text, body.add_special_tokens is not False)
+    if isinstance(text, list):
+        return text
+    any_length = body.truncate_prompt_tokens is not None
+    return await encode(context, text, body.add_special_tokens is not False, any_length)
 
 
 def _truncated(context: ServeContext, body: EmbeddingRequest, token_ids: list[int]) -> list[int]:

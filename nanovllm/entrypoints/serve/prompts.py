@@ -23,7 +23,8 @@ async def completion_prompts(context: ServeContext, request: CompletionRequest) 
     prompts = []
     for given in _separate(request.prompt):
         if isinstance(given, str) and (request.truncate_prompt_tokens is not None or not request.add_special_tokens):
-            token_ids = await encode(context, given, request.add_special_tokens)
+            any_length = request.truncate_prompt_tokens is not None
+            token_ids = await encode(context, given, request.add_special_tokens, any_length)
             prompts.append(_prompt(token_ids, request, context, given))
         else:
             prompts.append(_prompt(given, request, context))
@@ -39,9 +40,20 @@ def num_prompts(request: CompletionRequest) -> int:
     return len(_separate(request.prompt))
 
 
-async def encode(context: ServeContext, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a text, which may be long."""
+async def encode(
+    context: ServeContext, text: str, add_special_tokens: bool = True, any_length: bool = True
+) -> list[int]:
+    """Token ids of a text, which may be long.
+
+    Args:
+        any_length: tokenise also what is far too long for the context.
+
+    Raises:
+        ParameterError: it is.
+    """
     tokenizer = context.tokenizer
+    if not any_length:
+        context.engine.input.refuse_by_size(text)
     if len(text) > LONG_PROMPT:
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
     return tokenizer.encode(text, add_special_tokens)
