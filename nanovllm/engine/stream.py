@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.messages import Add
     from nanovllm.engine.output import AnyOutput
 
-WOKEN_AT_ONCE = 32  # consumers; each takes the event loop some 30 microseconds to write a token
+WOKEN_AT_ONCE = 16  # consumers; each takes the event loop some 30 microseconds to write a token
 
 
 class Stream:
