@@ -39,6 +39,8 @@ def operators(setup: Setup) -> dict[str, Any]:
     for rows in (1, 7, setup.few(300, 20)):
         for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "linear", "linear_parts"):
             check(name, lambda name=name, rows=rows: _elementwise(name, Inputs(setup, draw), ops, rows))
+    if setup.device == "npu":
+        check("linear, weights in 8 bits", lambda: _int8(Inputs(setup, draw)))
     for heads, kv_heads, size in ((16, 8, 128), (8, 2, 64)):
         for norms in (True, False):
             batch = Batch.of(Inputs(setup, draw), heads, kv_heads, size, norms)
@@ -80,6 +82,15 @@ def _elementwise(name: str, inputs: Inputs, ops: Any, rows: int) -> Pairs:
             widths = [192, 128, 64]
             parts = ops.linear_parts(x, ops.pack_linear(weight), None, widths)
             yield from zip(parts, theirs.split(widths, 1), strict=True)
+
+
+def _int8(inputs: Inputs) -> Pairs:
+    """Against the product with the weights as they are after rounding."""
+    ops = operator_table("npu", None, "int8")
+    (x, x32), (weight, _) = inputs(7, 1024), inputs(384, 1024, scale=0.05)
+    packed = ops.pack_linear(weight)
+    rounded = ops.weight_rows(packed, torch.arange(384, device=x.device)).float().cpu()
+    yield ops.linear(x, packed, None), reference.linear(x32, rounded, None)
 
 
 @dataclass

@@ -214,6 +214,7 @@ class EngineArgs:
 
         platform = get_platform(self.device)
         platform.check_cache_dtype(self.kv_cache_dtype)
+        platform.check_quantization(self.quantization)
         platform.check_block_size(self.block_size or platform.block_size)
         path = resolve_model_path(
             self.model,

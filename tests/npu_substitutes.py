@@ -43,6 +43,12 @@ class Substitutes:
         assert all(w.dtype == x.dtype and w.shape[1] == x.shape[1] < 65536 and w.is_contiguous() for w in weights)
         return [x @ weight.t() for weight in weights]
 
+    def int8_linear(self, x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+        self.calls["int8_linear"] += 1
+        assert x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.int8 and scales.dtype == x.dtype
+        assert scales.shape == values.shape[:1] and max(values.shape) <= 65535 and x.numel()
+        return (x.float() @ (values.float() * scales.float()[:, None]).T).to(x.dtype)
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         self.calls["rotate"] += 1
         tokens, _, size = x.shape

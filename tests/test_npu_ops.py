@@ -25,6 +25,7 @@ from nanovllm.ops.npu import operators
 from nanovllm.ops.npu.attention import FusedAttention, FusedPlan, _spans
 from nanovllm.ops.npu.elementwise import UnsignedSin
 from nanovllm.ops.operators import AttentionShape
+from nanovllm.platforms.npu import NpuPlatform, chip_of
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -256,9 +257,47 @@ def test_what_plain_torch_computes_is_announced_and_not_recorded(
     assert not attention.recordable and "slowly" in caplog.text
 
 
-def test_quantised_weights_are_refused() -> None:
-    with pytest.raises(ParameterError, match="not quantised on an NPU yet"):
-        operators(torch_operators(), Substitutes(), False, "int8")
+# ---- weights in 8 bits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_310p", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_weight_in_8_bits_is_off_by_half_a_step_at_most(dtype: torch.dtype, is_310p: bool, biased: bool) -> None:
+    library = Substitutes()
+    ops = operators(torch_operators(), library, is_310p, "int8")
+    weight, x, bias = randn(24, 64, dtype=dtype) / 30, randn(3, 64, dtype=dtype, seed=1), randn(24, dtype=dtype, seed=2)
+    weight[3] = 0  # an output without weights
+    weight[4] *= 0.03  # its scale is a subnormal number in float16
+    packed = ops.pack_linear(weight)
+    rows = ops.weight_rows(packed, torch.arange(24)).float()
+    steps = weight.float().abs().amax(1, keepdim=True) / 127
+    assert ((rows - weight.float()).abs() <= 0.52 * steps + rows.abs() * 2**-8).all()
+    ours = ops.linear(x, packed, bias if biased else None)
+    wanted = x.float() @ rows.T + (bias.float() if biased else 0)
+    torch.testing.assert_close(ours.float(), wanted, atol=3e-2, rtol=2e-2)
+    assert library.calls["int8_linear"] == 1
+    assert ops.linear(x[:0], packed, None).shape == (0, 24) and library.calls["int8_linear"] == 1
+    if ops.linear_parts is not None:
+        parts = ops.linear_parts(x, packed, bias if biased else None, [8, 8, 8])
+        assert torch.equal(torch.cat(list(parts), 1), ours)
+
+
+def test_a_matrix_that_the_operator_does_not_take_stays_as_it_is() -> None:
+    ops = operators(torch_operators(), Substitutes(), False, "int8")
+    head = randn(65536, 4)
+    assert ops.pack_linear(head) is head
+    assert torch.equal(ops.linear(randn(2, 4), head, None), randn(2, 4) @ head.T)
+    with pytest.raises(ParameterError, match="use float16"):
+        ops.pack_linear(randn(8, 8, dtype=FLOAT32))
+
+
+@pytest.mark.parametrize("name", ["int4", "w8a8", "fp8"])
+def test_other_weights_are_refused_before_anything_is_loaded(name: str) -> None:
+    with pytest.raises(ParameterError, match="use 'int8' or leave it out"):
+        NpuPlatform(chip_of("Ascend310P3")).check_quantization(name)
+    with pytest.raises(ParameterError, match="choose one of int8"):
+        operators(torch_operators(), Substitutes(), False, name)
 
 
 # ---- steps of a model: buckets, launches, waits ---------------------------------------------------------------------

@@ -30,6 +30,9 @@ class Accelerator:
     def load(self) -> None:
         """Make torch know the device; called once, where the model runs."""
 
+    def check_quantization(self, name: str | None) -> None:
+        """Raises ParameterError for weights that the device does not multiply. Here the operators say so."""
+
     def check_block_size(self, block_size: int) -> None:
         """Raises ParameterError for blocks that no attention of the device reads. Here any will do."""
 

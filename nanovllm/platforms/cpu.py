@@ -68,6 +68,9 @@ class CpuPlatform:
         if name != "auto":
             raise ParameterError("on a CPU, keys and values have the model's dtype; use 'auto'", "kv_cache_dtype", name)
 
+    def check_quantization(self, name: str | None) -> None:
+        """Raises ParameterError for weights that the device does not multiply. Here the operators say so."""
+
     def check_block_size(self, block_size: int) -> None:
         """Any will do."""
 

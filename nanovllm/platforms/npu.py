@@ -120,6 +120,13 @@ class NpuPlatform(Accelerator):
                 "on an NPU, keys and values have the model's dtype; use 'auto'", "kv_cache_dtype", name
             )
 
+    def check_quantization(self, name: str | None) -> None:
+        """Raises ParameterError for weights that no operator of an NPU multiplies."""
+        if name not in (None, "int8"):
+            raise ParameterError(
+                "an NPU multiplies weights in 8 bits or as they are; use 'int8' or leave it out", "quantization", name
+            )
+
     def check_block_size(self, block_size: int) -> None:
         """Raises ParameterError for blocks that no attention operator of the chip reads."""
         if block_size not in self.chip.block_sizes:

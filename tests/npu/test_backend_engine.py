@@ -6,6 +6,7 @@ generated before it, or so close to it that 16 bits cannot tell.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from pathlib import Path
@@ -289,8 +290,23 @@ def test_blocks_that_do_not_fit_the_heads_are_refused_at_the_start(models: Any) 
         generate(path, block_size=16)
     with pytest.raises(ParameterError, match="multiple of 16"):
         generate(path, block_size=100)
-    with pytest.raises(ParameterError, match="not quantised on an NPU"):
-        generate(path, quantization="int8")
+    with pytest.raises(ParameterError, match="use 'int8' or leave it out"):
+        generate(path, block_size=128, quantization="w8a8")
+
+
+@pytest.mark.parametrize("soc", [pytest.param(soc, marks=emulated(soc=soc)) for soc in ("Ascend910B2", "Ascend310P3")])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_weights_in_8_bits_give_the_tokens_of_the_rounded_model(models: Any, family: str, soc: str) -> None:
+    """transformers computes with the same weights, rounded here; those with biases, too."""
+    path, model = models(family, 128)
+    tokens = generate(path, quantization="int8", dtype="float16", block_size=128)
+    rounded = copy.deepcopy(model)
+    for name, parameter in rounded.named_parameters():
+        if parameter.dim() == 2:
+            scale = (parameter.data.abs().amax(1, keepdim=True) / 127).half().float()
+            parameter.data = (parameter.data / scale).round() * scale
+        assert parameter.dtype == torch.float32, name
+    assert_likeliest(rounded, tokens)
 
 
 # ---- 310P -----------------------------------------------------------------------------------------------------------

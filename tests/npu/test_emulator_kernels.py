@@ -360,3 +360,17 @@ def test_limits_of_several_products() -> None:
     with refused("65536"):
         wide = npu(torch.zeros(2, 65536, dtype=torch.float16))
         multiply([wide], [wide.t()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_with_a_weight_in_8_bits(dtype: torch.dtype) -> None:
+    x, scales = randn(5, 48, dtype=dtype), (randn(32, seed=1).abs() / 100).to(dtype)
+    values = (randn(32, 48, seed=2) * 40).round().clamp(-127, 127).to(torch.int8)
+    found = torch_npu.npu_weight_quant_batchmatmul(npu(x), npu(values).t(), npu(scales))
+    wanted = numpy(x) @ (numpy(values) * numpy(scales)[:, None]).T
+    np.testing.assert_allclose(numpy(found.cpu()), wanted, atol=6e-2, rtol=1e-2)
+    with refused("antiquant_scale is torch.float32"):
+        torch_npu.npu_weight_quant_batchmatmul(npu(x), npu(values).t(), npu(scales.float()))
+    with refused("at most 65535"):
+        wide = npu(torch.zeros(65536, 48, dtype=torch.int8))
+        torch_npu.npu_weight_quant_batchmatmul(npu(x), wide.t(), npu(torch.ones(65536, dtype=dtype)))

@@ -44,10 +44,12 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
         is_310p: the chip is a 310P, with a cache and attention of its own.
 
     Raises:
-        ParameterError: a quantization of weights; there is none for NPUs yet.
+        ParameterError: a quantization of weights that NPUs have not.
     """
     if quantization is not None:
-        raise ParameterError("weights are not quantised on an NPU yet; leave it out", "quantization", quantization)
+        from nanovllm.ops.npu.linear import NpuLinear
+
+        base = NpuLinear(base, library, quantization).operators()
     if is_310p:
         from nanovllm.ops.npu.atlas_310p import Atlas310P
 

@@ -59,14 +59,14 @@ class NpuElementwise:
         """See ``reference.silu_and_mul``."""
         return self._library.silu_and_mul(x) if x.numel() else self._base.silu_and_mul(x)
 
-    def linear_parts(self, x: Tensor, packed: Tensor, bias: Tensor | None, widths: Sequence[int]) -> Sequence[Tensor]:
+    def linear_parts(self, x: Tensor, packed: Any, bias: Tensor | None, widths: Sequence[int]) -> Sequence[Tensor]:
         """x [T, in] -> the products with the rows of ``packed`` that make up each part, [T, width] each.
 
         One grouped product in 16 bits, whose results are contiguous: what comes next takes nothing else, and would copy
-        q, k and v out of a common product. With a bias or in float32, which that operator does not take so, the parts
-        are views of one product.
+        q, k and v out of a common product. With a bias, in float32 or with weights in 8 bits, which that operator does
+        not take so, the parts are views of one product.
         """
-        if bias is not None or x.dtype not in _GROUPED or not x.numel():
+        if not isinstance(packed, Tensor) or bias is not None or x.dtype not in _GROUPED or not x.numel():
             return self._base.linear(x, packed, bias).split(list(widths), 1)
         return self._library.grouped_linear(x, packed.split(list(widths)))
 

@@ -55,6 +55,11 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return torch_npu.npu_grouped_matmul([x] * len(weights), transposed, split_item=0, group_type=-1)
 
 
+def int8_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """x [T, in] @ (values int8 [out, in] * scales [out, 1]).T -> [T, out]; scales in the dtype of x."""
+    return torch_npu.npu_weight_quant_batchmatmul(x, values.t(), scales)
+
+
 # ---- Atlas A2 and A3: a cache [num_blocks, block_size, Hk, D] ------------------------------------------------------
 
 
