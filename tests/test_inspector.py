@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -22,6 +23,7 @@ from fake_executor import FakeExecutor, FakeHandle, engine_config, make_request
 from serving import served
 
 from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.engine.caller import Caller
 from nanovllm.engine.core import EngineCore
 from nanovllm.engine.inspection import LOST, MOST_UNREAD, Viewers
 from nanovllm.engine.invariants import InvariantChecker
@@ -299,11 +301,19 @@ class Witness(FakeExecutor):
             "tables": tables,
             "running": len(scheduler.running),
             "waiting": scheduler.num_waiting,
+            "tenants": {name: list(counts) for name, counts in scheduler.waiting.tenants().items()},
             "tokens": plan.num_tokens,
             "free": scheduler.kv.pool.num_free,
             "computed": computed,
         }
         return super().submit(plan)
+
+
+class Of(Caller):
+    """A tenant."""
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
 
 
 class Site:
@@ -323,7 +333,8 @@ class Site:
             await asyncio.sleep(draw.random() * 0.3)
             prompt = [7] * 12 + [draw.randint(3, 90) for _ in range(draw.randint(1, 30))]
             params = SamplingParams(max_tokens=draw.randint(10, 50), ignore_eos=True, n=1 + (number % 5 == 0))
-            async for _ in self.llm.generate(prompt, params, f"{seed} {number}"):
+            caller = Of(("", "blue", "red")[number % 3])
+            async for _ in self.llm.generate(prompt, params, f"{seed} {number}", caller=caller):
                 pass
 
         await asyncio.gather(*(ask(number) for number in range(count)))
@@ -386,6 +397,7 @@ def test_the_page_shows_what_the_scheduler_held_at_every_step():
             assert shown["blocks"] == seen["blocks"], shown["step"]
             assert shown["tables"] == seen["tables"] and shown["computed"] == seen["computed"]
             assert (shown["running"], shown["waiting"]) == (seen["running"], seen["waiting"])
+            assert shown["tenants"] == seen["tenants"]
             assert len(shown["decodes"]) + sum(chunk[2] for chunk in shown["chunks"]) == seen["tokens"]
             compared += 1
             shared += shown["totals"]["shared"] > 0
@@ -402,6 +414,10 @@ def test_the_page_shows_what_the_scheduler_held_at_every_step():
         assert number(page.text("#free")) == free
         assert (number(page.text("#running")), number(page.text("#waiting"))) == (seen["running"], seen["waiting"])
         assert page.evaluate("document.querySelectorAll('#requests li').length") == len(seen["tables"])
+        rows = page.evaluate("[...document.querySelectorAll('#tenants li')].map((row) => row.innerText)")
+        told = [re.findall(r"\w+", row) for row in rows]
+        counts = sorted(seen["tenants"].items())
+        assert told == [[name, str(runs), "running", str(waits), "waiting"] for name, (runs, waits) in counts] != []
         used = 59 - seen["free"]
         assert page.text("#usage") == f"{100 * used / 59:.{1 if 0 < used < 59 else 0}f} %"
         _blocks_are_painted(page, seen)

@@ -5,7 +5,8 @@ front:  Viewers.show --frame--> whoever iterates over `Viewers.frames`
 
 A frame is JSON: ``records``, one per step, and ``full``, the state before them, when somebody begins to watch. A record
 is applied in this order: ``gone``, ``starts``, ``tables``, the batch, ``blocks``. Nothing is recorded while nobody
-watches. There is no text, no token and no request's id in it: requests go by the number of their arrival.
+watches. There is no text, no token and no request's id in it: requests go by the number of their arrival. Tenants have
+the names that the file of tenants gives them, as in the metrics.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ class Watch:
         if scheduler.num_waiting:
             record["waiting"] = scheduler.num_waiting
             record["queue"] = [(_name(each), each.num_tokens) for each in scheduler.waiting.first(QUEUE_SHOWN)]
+        if tenants := scheduler.waiting.tenants():
+            record["tenants"] = tenants  # name -> requests that run, and that wait
         return record
 
     def _changes(self, record: Json) -> None:

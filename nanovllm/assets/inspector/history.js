@@ -85,6 +85,7 @@ export class State {
     this.running = record.running;
     this.waiting = record.waiting ?? 0;
     this.queue = record.queue ?? [];
+    this.tenants = record.tenants ?? {}; // name -> [requests that run, that wait]
   }
 
   /** Of all blocks but the padding block, how many are in each state; shared ones are owned as well. */

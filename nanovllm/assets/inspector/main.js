@@ -221,6 +221,7 @@ window.inspector = {
       step: state.step,
       running: state.running,
       waiting: state.waiting,
+      tenants: state.tenants,
       decodes: state.decodes,
       chunks: state.chunks,
       totals: state.totals(),

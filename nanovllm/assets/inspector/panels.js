@@ -75,6 +75,24 @@ export function step(state, words, select) {
       chip.title = words.tokens(tokens);
     },
   );
+  tenants(Object.entries(state.tenants).sort(([a], [b]) => (a < b ? -1 : 1)), words);
+}
+
+/** Tenants with a name that have requests: how many run, and how many wait. */
+function tenants(found, words) {
+  element("tenants-part").hidden = !found.length;
+  const most = Math.max(1, ...found.map(([, [running, waiting]]) => running + waiting));
+  fill(
+    element("tenants"),
+    found,
+    () => node("li", "", node("span"), node("div", "bar", node("div"), node("div")), node("span", "right")),
+    (row, [name, counts]) => {
+      const [label, bar, right] = row.children;
+      label.textContent = name;
+      counts.forEach((count, index) => (bar.children[index].style.width = `${(100 * count) / most}%`));
+      right.textContent = words.tenant(...counts);
+    },
+  );
 }
 
 function chips(container, names, paint) {

@@ -27,6 +27,7 @@ const english = {
   chunks: "Chunks of prompts",
   decodes: "Decodes: one token each",
   queue: "Queue",
+  tenants: "Tenants",
   table: "Block table",
   tableHint: "Which block holds which positions. Click a request or a block.",
   requests: "Requests that hold blocks",
@@ -55,6 +56,7 @@ const english = {
   tokens: (count) => `${count} ${count === 1 ? "token" : "tokens"}`,
   chunk: (name, start, count) => `#${name}: ${count} (positions ${start}–${start + count - 1})`,
   blockCount: (count) => `${count} ${count === 1 ? "block" : "blocks"}`,
+  tenant: (running, waiting) => `${running} running, ${waiting} waiting`,
   more: (count) => (count > 0 ? `${count.toLocaleString("en")} more blocks, never used yet` : ""),
   where: (step, behind) => `step ${step ?? "–"}${behind ? `, ${behind} behind` : ""}`,
   facts: (each, out) =>
@@ -101,6 +103,7 @@ const chinese = {
   chunks: "提示的分块",
   decodes: "解码：每个请求一个 token",
   queue: "队列",
+  tenants: "租户",
   table: "块表",
   tableHint: "各位置的 token 在哪个块中。点击请求或块来选择。",
   requests: "持有块的请求",
@@ -129,6 +132,7 @@ const chinese = {
   tokens: (count) => `${count} 个 token`,
   chunk: (name, start, count) => `#${name}：${count}（位置 ${start}–${start + count - 1}）`,
   blockCount: (count) => `${count} 块`,
+  tenant: (running, waiting) => `${running} 个运行，${waiting} 个等待`,
   more: (count) => (count > 0 ? `另有 ${count.toLocaleString("zh")} 个块从未使用` : ""),
   where: (step, behind) => `第 ${step ?? "–"} 步${behind ? `，落后 ${behind} 步` : ""}`,
   facts: (each, out) =>
