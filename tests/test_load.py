@@ -35,6 +35,7 @@ def test_everything_at_random_leaves_nothing_behind(server: LoadServer):
     figures = scenarios.run(scenarios.soak(server, seconds=5.0, clients=24, warm_up=3.0))
     assert figures["faults"]["step_failed"] > 0 and figures["faults"]["out_of_memory"] > 0
     assert len([name for name in figures["requests"] if name.startswith("malformed")]) > 8
+    assert all(figures[name]["rss_growth"] < 0.1 for name in ("front", "engine")), figures
 
 
 def test_ten_times_the_load_loses_no_accepted_request(server: LoadServer):
