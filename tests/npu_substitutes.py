@@ -159,6 +159,39 @@ class Substitutes:
         assert mask.shape == (MASK, MASK) and mask.dtype == q.dtype and mask[0, 1] < -1000 and mask[1, 1] == 0
         return self._tiles(q, k_cache, v_cache, table, lengths.tolist(), query_lengths.tolist(), kv_heads, scale)
 
+    def masked_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        query_lengths: Tensor,
+        mask: Tensor,
+        kv_heads: int,
+        scale: float,
+    ) -> Tensor:
+        self.calls["masked_attention"] += 1
+        assert lengths.dtype == query_lengths.dtype == table.dtype == torch.int32 and query_lengths.device.type == "cpu"
+        assert mask.dim() == 4 and mask.shape[0] == 1 and mask.shape[3] == 16 and mask.dtype == q.dtype
+        square = mask[0].transpose(0, 1).reshape(mask.shape[2], -1)
+        assert len(square) % 16 == 0 and 0 <= len(square) - len(q) < 16 and square.shape[1] % 16 == 0
+        out, start = torch.empty_like(q), 0
+        for row, (count, length) in enumerate(zip(query_lengths.tolist(), lengths.tolist(), strict=True)):
+            keys, values = (self._row(cache, table[row], length, kv_heads) for cache in (k_cache, v_cache))
+            part, group = slice(start, start + count), q.shape[1] // kv_heads
+            keys, values = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
+            scores = q[part].float().transpose(0, 1) @ keys.transpose(1, 2) * scale + square[part, :length].float()
+            out[part] = (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
+            start += count
+        return out
+
+    @staticmethod
+    def _row(cache: Tensor, blocks: Tensor, length: int, kv_heads: int) -> Tensor:
+        """The keys or values [length, Hk, D] of a row out of tiles."""
+        found = cache[blocks[: -(-length // cache.shape[2])].long()].permute(0, 2, 1, 3)
+        return found.reshape(-1, kv_heads, cache.shape[1] * 16 // kv_heads)[:length]
+
     def prompt_attention(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, kv_heads: int, scale: float
     ) -> Tensor:
@@ -185,14 +218,9 @@ class Substitutes:
         scale: float,
     ) -> Tensor:
         assert q.dtype == torch.float16 and q.is_contiguous() and q.shape[2] % 16 == 0
-        block_size = k_cache.shape[2]
         out, start = torch.empty_like(q), 0
         for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            blocks = table[row, : -(-length // block_size)].long()
-            keys, values = (
-                cache[blocks].permute(0, 2, 1, 3).reshape(-1, kv_heads, q.shape[2])[:length]
-                for cache in (k_cache, v_cache)
-            )
+            keys, values = (self._row(cache, table[row], length, kv_heads) for cache in (k_cache, v_cache))
             out[start : start + count] = attend(q[start : start + count], keys, values, scale, None)
             start += count
         return out

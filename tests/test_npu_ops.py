@@ -170,8 +170,10 @@ def test_attention_of_mixed_batches(
         ([0], [2050], "chunk_attention"),  # longer than the mask of prompts
     ],
 )
-@pytest.mark.parametrize("head_dim", [32, 64])
-def test_a_layer_on_a_310p(head_dim: int, contexts: list[int], news: list[int], called: str, normed: bool) -> None:
+@pytest.mark.parametrize(("head_dim", "window"), [(32, None), (64, None), (64, 12)])
+def test_a_layer_on_a_310p(
+    head_dim: int, window: int | None, contexts: list[int], news: list[int], called: str, normed: bool
+) -> None:
     ops, library = make_operators(is_310p=True)
     block_size, heads, kv_heads, blocks = 64, 4, 2, 40
     ids = iter(random.Random(1).sample(range(1, blocks), blocks - 1))
@@ -189,18 +191,27 @@ def test_a_layer_on_a_310p(head_dim: int, contexts: list[int], news: list[int], 
     angles = torch.rand(tokens, 1, head_dim // 2) * 6
     cos = torch.cat((angles.cos(), angles.cos()), -1).to(FLOAT16)
     sin = torch.cat((-angles.sin(), angles.sin()), -1).to(FLOAT16)
-    ops.prepare_attention(meta, (None,), FLOAT16)
+    ops.prepare_attention(meta, (window,), FLOAT16)
     scale = head_dim**-0.5
     q = ops.norm_rotate_write(qkv, *weights, 1e-6, cos, sin, *caches, meta.slot_mapping)
-    ours = ops.paged_attention(q, caches[0], caches[1], meta, scale, None)
+    ours = ops.paged_attention(q, caches[0], caches[1], meta, scale, window)
     wanted_q = reference.norm_rotate_write(qkv, *weights, 1e-6, cos, sin, *plain, meta.slot_mapping)
     theirs = reference.paged_attention(
-        wanted_q.float(), plain[0].float(), plain[1].float(), plain_meta, scale, None
+        wanted_q.float(), plain[0].float(), plain[1].float(), plain_meta, scale, window
     )  # fmt: skip
     torch.testing.assert_close(ours.float(), theirs, atol=4e-3, rtol=4e-3)
     for tiles, cache in zip(caches, plain, strict=True):
         torch.testing.assert_close(tiles.transpose(1, 2).reshape(cache.shape), cache, atol=4e-3, rtol=4e-3)
-    assert [name for name in library.calls if name.endswith("attention")] == [called]
+    assert [name for name in library.calls if name.endswith("attention")] == ["masked_attention" if window else called]
+
+
+def test_a_window_that_hides_nothing_on_a_310p_needs_no_mask() -> None:
+    ops, _ = make_operators(is_310p=True)
+    meta = make_metadata([[1], [2]], [0, 0], [5, 7], 64)
+    ops.prepare_attention(meta, (7, None), FLOAT16)
+    assert not meta.backend.window_masks
+    ops.prepare_attention(meta, (6, None), FLOAT16)
+    assert list(meta.backend.window_masks) == [6]
 
 
 def test_rows_of_one_query_go_together() -> None:
@@ -230,7 +241,6 @@ def shape(**changes: Any) -> AttentionShape:
         (False, {"head_dim": 64, "block_size": 16}, "need blocks of 128, 256, 384 or 512"),
         (True, {"head_dim": 40}, "not of 40"),
         (True, {"head_dim": 256}, "need blocks of 64"),
-        (True, {"window": 1024}, "max_model_len=1024"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_at_the_start(is_310p: bool, changes: Any, message: str) -> None:

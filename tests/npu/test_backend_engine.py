@@ -321,12 +321,16 @@ on_310p = pytest.mark.emulated(soc="Ascend310P3")
         ("qwen3", 128, {}),
         ("llama", 128, {"block_size": 64, "max_num_batched_tokens": 24}),
         ("qwen2", 80, {"enforce_eager": True, "num_gpu_blocks_override": 8}),
+        ("mistral", 128, {"window": 24}),  # prompts, decodes and mixtures beyond the window
+        ("mistral", 64, {"window": 64, "max_num_batched_tokens": 24}),
     ],
 )
 def test_a_310p_gives_the_tokens_of_transformers(
     models: Any, family: str, head_dim: int, options: dict[str, Any]
 ) -> None:
-    path, model = models(family, head_dim)
+    options = dict(options)
+    window = options.pop("window", None)
+    path, model = models(family, head_dim, **({} if window is None else {"sliding_window": window}))
     assert_likeliest(model, generate(path, **{"block_size": 128, "dtype": "auto", **options}))
 
 
@@ -346,9 +350,12 @@ def test_a_310p_refuses_what_it_has_not(models: Any, options: dict[str, Any], me
 
 
 @on_310p
-def test_a_310p_refuses_a_sliding_window(models: Any) -> None:
-    path, model = models("mistral", 128, sliding_window=64)
-    with pytest.raises(ParameterError, match="max_model_len=64"):
-        generate(path, block_size=128)
-    prompts = PROMPTS[:2]
-    assert_likeliest(model, generate(path, prompts, block_size=128, max_model_len=64), prompts)
+def test_a_310p_says_once_that_it_has_no_graphs(models: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path, _ = models("llama", 128)
+    logging.getLogger("nanovllm").propagate = True
+    for eager in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="nanovllm"):
+            generate(path, PROMPTS[:1], block_size=64, enforce_eager=eager)
+        assert sum("has no graphs" in line for line in caplog.messages) == (not eager)
+        assert not any(line.startswith("Recorded") for line in caplog.messages)

@@ -2,11 +2,13 @@
 
 The cache is [num_blocks, Hk * D / 16, block_size, 16], so that blocks are still the first dimension. There are three
 operators for attention: for decodes; for whole prompts, which need no cache; and for everything else (chunks, prompts
-with a cached prefix, mixtures). None knows a sliding window.
+with a cached prefix, mixtures). None knows a sliding window: where one is shorter than a row, the last of them gets a
+mask of every query and key of the step instead of the one that is the same for all.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +22,10 @@ from nanovllm.errors import ParameterError
 from nanovllm.ops import reference
 from nanovllm.ops.metadata import AttentionMetadata
 from nanovllm.ops.npu.elementwise import UnsignedSin
-from nanovllm.ops.operators import AttentionShape, Operators
+from nanovllm.ops.operators import Array, AttentionShape, Forward, Operators
 from nanovllm.ops.transfer import to_device
+
+logger = logging.getLogger("nanovllm")
 
 _TILE = 16
 _MASK = 2048
@@ -36,13 +40,19 @@ class TilesPlan:
 
     Attributes:
         lengths: keys of each row, int32 [B] on the device.
-        query_lengths: int32 [B] on the host; None if every row has one query.
+        query_lengths: int32 [B] on the host.
+        padded_lengths: the same, those of the padding in the last row.
+        decodes: every row has one query.
+        window_masks: for each sliding window that hides something, what is added to the scores of the step, in tiles.
         prompt_mask: for a step of whole prompts, what is added to the scores of the longest, in tiles.
         padding: tokens that a step of whole prompts lacks to a multiple of 16; its last row has them in addition.
     """
 
     lengths: Tensor
-    query_lengths: Tensor | None
+    query_lengths: Tensor
+    decodes: bool
+    window_masks: dict[int, Tensor]
+    padded_lengths: Tensor | None = None
     prompt_mask: Tensor | None = None
     padding: int = 0
 
@@ -73,6 +83,7 @@ class Atlas310P:
             prepare_attention=self.prepare_attention,
             paged_attention=self.paged_attention,
             new_cache=self.new_cache,
+            record=self.record,
             tune=self.tune,
             choose_by_sorting=True,
         )
@@ -81,7 +92,7 @@ class Atlas310P:
         """Look at the model.
 
         Raises:
-            ParameterError: its heads, its window or its blocks are none for this chip.
+            ParameterError: its heads or its blocks are none for this chip.
         """
         if shape.head_dim % _TILE or shape.head_dim > 256:
             raise ParameterError(
@@ -89,12 +100,11 @@ class Atlas310P:
             )
         if shape.block_size * shape.head_dim > _BLOCK:
             raise ParameterError(f"heads of {shape.head_dim} need blocks of 64", "block_size", shape.block_size)
-        if shape.window is not None and shape.window < shape.longest:
-            raise ParameterError(
-                f"a 310P has no sliding window; with max_model_len={shape.window} the model needs none",
-                "max_model_len",
-                shape.longest,
-            )
+
+    def record(self, forward: Forward, max_tokens: int, block_size: int, eager: bool = False) -> None:
+        """See ``reference.record``: nothing is."""
+        if not eager:
+            logger.info("npu: a 310P has no graphs; steps are launched kernel by kernel, as with --enforce-eager")
 
     def new_cache(
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -143,35 +153,55 @@ class Atlas310P:
     def prepare_attention(self, meta: AttentionMetadata, windows: Sequence[int | None], dtype: torch.dtype) -> None:
         """See ``reference.prepare_attention``."""
         device = meta.block_table.device
-        lengths = to_device(np.array(meta.seq_lens, np.int32), device)
-        if meta.max_query_len == 1:
-            meta.backend = TilesPlan(lengths, None)
-            return
         queries = np.diff(meta.query_start_loc).astype(np.int32)
-        plan = meta.backend = TilesPlan(lengths, torch.from_numpy(queries))
+        plan = meta.backend = TilesPlan(
+            lengths=to_device(np.array(meta.seq_lens, np.int32), device),
+            query_lengths=torch.from_numpy(queries),
+            decodes=meta.max_query_len == 1,
+            window_masks={
+                window: self._window_mask(meta, queries, window, dtype)
+                for window in windows
+                if window is not None and window < meta.max_seq_len
+            },
+        )
         padding = -meta.query_start_loc[-1] % _TILE
-        if queries.tolist() == meta.seq_lens and meta.max_seq_len + padding <= _MASK:
-            queries[-1] += padding
-            plan.padding, plan.prompt_mask = padding, self._tiled_mask(int(queries.max()), dtype, device)
+        if not plan.decodes and queries.tolist() == meta.seq_lens and meta.max_seq_len + padding <= _MASK:
+            padded = queries.copy()
+            padded[-1] += padding
+            plan.padded_lengths, plan.padding = torch.from_numpy(padded), padding
+            plan.prompt_mask = self._tiled_mask(int(padded.max()), dtype, device)
 
     def paged_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None
     ) -> Tensor:
-        """See ``reference.paged_attention``; a window must be no shorter than any row."""
+        """See ``reference.paged_attention``."""
         plan: TilesPlan = meta.backend
-        if window is not None and window < meta.max_seq_len:
-            raise ParameterError("a 310P has no sliding window", "max_model_len", meta.max_seq_len)
         kv_heads = k_cache.shape[1] * _TILE // q.shape[2]
         q, caches = q.contiguous(), (k_cache, v_cache, meta.block_table, plan.lengths)
-        if plan.query_lengths is None:
+        if window is not None and window in plan.window_masks:
+            mask = plan.window_masks[window]
+            return self._library.masked_attention(q, *caches, plan.query_lengths, mask, kv_heads, scale)
+        if plan.decodes:
             return self._library.decode_attention(q, *caches, kv_heads, scale)
         if plan.prompt_mask is None:
             mask = self._causal_mask(q.dtype, q.device)
             return self._library.chunk_attention(q, *caches, plan.query_lengths, mask, kv_heads, scale)
         assert self._fresh is not None  # a layer writes its keys and values before it attends to them
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, plan.padding)) if plan.padding else x for x in (q, *self._fresh))
-        out = self._library.prompt_attention(q, k, v, plan.query_lengths, plan.prompt_mask, kv_heads, scale)
+        out = self._library.prompt_attention(q, k, v, plan.padded_lengths, plan.prompt_mask, kv_heads, scale)
         return out[: len(out) - plan.padding]
+
+    def _window_mask(self, meta: AttentionMetadata, queries: Array, window: int, dtype: torch.dtype) -> Tensor:
+        """[1, K / 16, T, 16] for the T queries of a step and the K keys of its longest row, both rounded up to 16."""
+        device, total = meta.block_table.device, meta.query_start_loc[-1]
+        positions = np.zeros(-(-total // _TILE) * _TILE, np.int32)
+        ends = np.repeat(np.array(meta.seq_lens) - np.array(meta.query_start_loc[1:]), queries)
+        positions[:total] = np.arange(total) + ends
+        at = to_device(positions, device).unsqueeze(1)
+        keys = torch.arange(-(-meta.max_seq_len // _TILE) * _TILE, dtype=torch.int32, device=device)
+        hidden = (keys > at) | (keys <= at - window)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _HIDDEN)
+        return self._library.to_tiles(mask.unflatten(1, (-1, _TILE)).transpose(0, 1).contiguous().unsqueeze(0))
 
     def _causal_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What is added to scores: one for all layers and steps."""

@@ -173,6 +173,36 @@ def chunk_attention(
     return out
 
 
+def masked_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_lengths: Tensor,
+    mask: Tensor,
+    kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """As ``chunk_attention``, with a mask float16 of the step in tiles [1, K / 16, T, 16]: row t is added to the scores
+    of query t, its columns belong to the keys of that query's row."""
+    out = torch.empty_like(q)
+    torch_npu._npu_paged_attention_splitfuse(
+        query=q,
+        key_cache=k_cache,
+        value_cache=v_cache,
+        block_table=block_table,
+        context_lens=lengths,
+        mask=mask,
+        seq_len=query_lengths,
+        num_kv_heads=kv_heads,
+        num_heads=q.shape[1],
+        scale_value=scale,
+        out=out,
+    )
+    return out
+
+
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, kv_heads: int, scale: float
 ) -> Tensor:
