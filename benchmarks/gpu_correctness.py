@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def operators(setup: Setup) -> dict[str, Any]:
     """The tests of the Triton kernels, on the device; the files run side by side, since most of it is compiling."""
-    names = ["attention", "elementwise", "linear", "sampling"]
+    names = ["attention", "elementwise", "linear", "sampling", "penalties"]
     selected = ["-k", "plan or tiles or norms or items"] if setup.quick else []
     environment = {**os.environ, "NANOVLLM_TEST_DEVICE": setup.device, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
@@ -63,7 +63,7 @@ def parity(setup: Setup) -> dict[str, Any]:
             model = model.to(dtype)
             theirs = _prompt_logprobs(model, prompt, setup.device)
             with setup.engine(Path(folder), dtype=name, max_model_len=512, num_gpu_blocks_override=100) as llm:
-                ours = _our_prompt_logprobs(llm, prompt)
+                ours = our_prompt_logprobs(llm, prompt)
                 tokens = generate(llm, [prompt], fixed(steps))[0]
             free_memory()
             error, their_error = (ours - exact).abs().mean().item(), (theirs - exact).abs().mean().item()
@@ -85,7 +85,7 @@ def _prompt_logprobs(model: Any, prompt: list[int], device: str) -> torch.Tensor
     return logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:], device=device)[:, None])[:, 0].cpu()
 
 
-def _our_prompt_logprobs(llm: Any, prompt: list[int]) -> torch.Tensor:
+def our_prompt_logprobs(llm: Any, prompt: list[int]) -> torch.Tensor:
     params = fixed(1, prompt_logprobs=0)
     (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     found = output.prompt_logprobs
@@ -120,7 +120,7 @@ def attention_backends(setup: Setup) -> dict[str, Any]:
     wanted: torch.Tensor | None = None
     for backend in setup.attention_backends():
         with setup.engine(attention_backend=backend, max_num_seqs=setup.few(29, 3)) as llm:
-            found = _our_prompt_logprobs(llm, prompt)
+            found = our_prompt_logprobs(llm, prompt)
             lengths = [len(tokens) for tokens in generate(llm, prompts, params)]
             scored = llm.generate([{"prompt_token_ids": prompt}], fixed(8, logprobs=0), use_tqdm=False)[0].outputs[0]
         free_memory()
@@ -194,6 +194,29 @@ def out_of_memory(setup: Setup) -> dict[str, Any]:
         del taken, runner
     free_memory()
     return {"passed": found == wanted and count > 0, "steps without memory": count}
+
+
+def neighbour(setup: Setup) -> dict[str, Any]:
+    """Another process holds a third of the memory: the engine takes what is left, and works."""
+    if not setup.on_gpu:
+        return {"passed": True, "skipped": "only a GPU's memory is shared like this"}
+    code = (
+        "import torch\n"
+        "held = torch.empty(torch.cuda.mem_get_info()[1] // 3, dtype=torch.uint8, device='cuda')\n"
+        "print('holding', flush=True)\n"
+        "input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline().strip() == "holding"
+        free, total = torch.cuda.mem_get_info()
+        with setup.engine(max_num_seqs=512, max_model_len=40_000) as llm:  # could use all of it
+            held = free - torch.cuda.mem_get_info()[0]
+            (tokens,) = generate(llm, [[5, 6, 7]], fixed(4))
+        free_memory()
+    finally:
+        other.communicate("\n")
+    return {"passed": len(tokens) == 4 and held < free, "free": free / total, "taken": held / total}
 
 
 def abort(setup: Setup) -> dict[str, Any]:
@@ -273,5 +296,6 @@ CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "preemption": preemption,
     "out_of_memory": out_of_memory,
     "abort": abort,
+    "neighbour": neighbour,
     "waiting": waiting,
 }

@@ -16,14 +16,21 @@ RESULTS = Path(__file__).parent / "results"
 
 def write_results(path: Path, **results: Any) -> None:
     """Write ``results`` as JSON, with the machine, the versions, the date and the command that measured them."""
+    save_results(path, results)
+    print(f"written: {path}")
+
+
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """As ``write_results``, in silence: for results that are not complete yet. The file is replaced as a whole."""
     about = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": summary(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about | results, indent=1) + "\n")
-    print(f"written: {path}")
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(about | results, indent=1) + "\n")
+    new.replace(path)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

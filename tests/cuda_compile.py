@@ -168,26 +168,22 @@ def selected(capability: int, full: bool) -> Iterator[tuple[str, Work]]:
     products = [(kind, half, rows, False) for kind in kinds for rows in (1, 200)] + [("int8", torch.float32, 200, True)]
     vocabularies = [151_936]
     if full:
-        dtypes = (half, torch.float16, torch.float32)
-        head_dims = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
-        attention = [
-            (dtype, kv, head_dim, group, windowed)
-            for dtype in dtypes
-            for kv in (dtype, *float8)
-            for head_dim in head_dims
-            for group in ((1, 8) if head_dim != 128 else (1, 2, 4, 5, 7, 8, 16, 32))
-            for windowed in (False, True)
+        others = (torch.float16, torch.float32)
+        caches, windows = (half, *float8), (False, True)
+        sizes = [(head_dim, 4) for head_dim in (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)]
+        sizes += [(128, group) for group in (1, 5, 7, 8, 16, 32)]
+        attention = [(half, kv, *size, window) for kv in caches for size in sizes for window in windows]
+        attention += [
+            (dtype, dtype, size, 2, window) for dtype in others for size in (64, 128, 256) for window in windows
         ]
         elementwise = [
-            (dtype, kv, hidden, head_dim)
-            for dtype in dtypes
-            for kv in (dtype, *float8)
+            (half, kv, hidden, head_dim)
+            for kv in caches
             for hidden, head_dim in ((512, 32), (1024, 128), (1536, 96), (2560, 80), (4096, 64), (8192, 256))
         ]
-        rows = (1, 32, 64, 100, 200)
-        products = [
-            (kind, dtype, n, bias) for kind in kinds for dtype in dtypes for n in rows for bias in (False, True)
-        ]
+        elementwise += [(dtype, dtype, 1024, 128) for dtype in others]
+        products = [(kind, half, rows, rows == 1) for kind in kinds for rows in (1, 32, 64, 200)]
+        products += [(kind, dtype, rows, False) for kind in kinds for dtype in others for rows in (1, 200)]
         vocabularies = [32_000, 128_256, 151_936, 262_144]
     for case in attention:
         yield f"attention {case}", partial(_attention, shared, *case)
