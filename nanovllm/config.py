@@ -122,6 +122,10 @@ class EngineConfig:
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
 
 
+# vLLM's names of attention backends.
+_OUR_ATTENTION = {"FLASH_ATTN": "flash_attn", "FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"}
+
+
 @dataclass
 class EngineArgs:
     """What a user may set; names and meaning are vLLM's.
@@ -259,7 +263,7 @@ class EngineArgs:
             ),
             scheduler=self._scheduler(max_model_len, platform.overlap, platform.step_tokens),
             device=platform.device,
-            attention_backend=self.attention_backend,
+            attention_backend=_OUR_ATTENTION.get(self.attention_backend or "", self.attention_backend),
             seed=self.seed or 0,
             enforce_eager=self.enforce_eager,
             tensor_parallel_size=self.tensor_parallel_size,

@@ -114,6 +114,15 @@ def test_dtypes_go_by_vllms_names(tmp_path: Path, given: str, expected: str):
     assert build(folder(tmp_path), dtype=given).model.dtype == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), ("FLASH_ATTN", "flash_attn"), ("FLASHINFER", "flashinfer"), ("TRITON_ATTN", "triton"),
+     ("torch_native", "torch_native")],
+)  # fmt: skip
+def test_attention_backends_go_by_vllms_names_too(tmp_path: Path, given: str | None, expected: str | None):
+    assert build(folder(tmp_path), attention_backend=given).attention_backend == expected
+
+
 def test_torch_dtype_of_older_configs_is_read(tmp_path: Path):
     path = folder(tmp_path, dtype=None, torch_dtype="float32")
     assert build(path).model.dtype == "float32"
