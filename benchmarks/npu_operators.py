@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from gpu_engine import Setup
 from torch import Tensor
@@ -39,6 +40,7 @@ def operators(setup: Setup) -> dict[str, Any]:
     for rows in (1, 7, setup.few(300, 20)):
         for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "linear", "linear_parts"):
             check(name, lambda name=name, rows=rows: _elementwise(name, Inputs(setup, draw), ops, rows))
+    check("keep_likeliest", lambda: _sampling(Inputs(setup, draw), ops))
     if setup.device == "npu":
         check("linear, weights in 8 bits", lambda: _int8(Inputs(setup, draw)))
     for heads, kv_heads, size in ((16, 8, 128), (8, 2, 64)):
@@ -82,6 +84,18 @@ def _elementwise(name: str, inputs: Inputs, ops: Any, rows: int) -> Pairs:
             widths = [192, 128, 64]
             parts = ops.linear_parts(x, ops.pack_linear(weight), None, widths)
             yield from zip(parts, theirs.split(widths, 1), strict=True)
+
+
+def _sampling(inputs: Inputs, ops: Any) -> Pairs:
+    """Which tokens may be drawn: the sum of their probabilities, and of the others'."""
+    logits = torch.randn(6, 4000, generator=inputs.draw) * 2
+    top_k = np.array([0, 50, 0, 2000, 1, 7], np.int64)
+    top_p, min_p = np.array([[0.9, 1, 1, 0.8, 1, 0.5], [0, 0, 0.05, 0, 0, 0.01]], np.float32)
+    shares = logits.softmax(-1)
+    kept = ops.keep_likeliest(logits.to(inputs.setup.device), top_k, top_p, min_p).isfinite().cpu()
+    wanted = reference.keep_likeliest(logits, top_k, top_p, min_p).isfinite()
+    for mine, theirs in ((kept, wanted), (~kept, ~wanted)):
+        yield (shares * mine).sum(-1), (shares * theirs).sum(-1)
 
 
 def _int8(inputs: Inputs) -> Pairs:

@@ -49,6 +49,17 @@ class Substitutes:
         assert scales.shape == values.shape[:1] and max(values.shape) <= 65535 and x.numel()
         return (x.float() @ (values.float() * scales.float()[:, None]).T).to(x.dtype)
 
+    def top_k_top_p(self, logits: Tensor, p: Tensor, k: Tensor | None) -> Tensor:
+        self.calls["top_k_top_p"] += 1
+        assert logits.dtype == p.dtype == torch.float32 and p.shape == logits.shape[:1] and 0 <= p.min() <= p.max() <= 1
+        values, order = logits.sort(dim=-1, stable=True)
+        if k is not None:
+            assert k.dtype == torch.int32 and k.min() >= 1 and k.max() <= min(1024, logits.shape[1])
+            values = values.masked_fill(values < values.gather(1, logits.shape[1] - k[:, None].long()), -torch.inf)
+        hidden = values.softmax(-1).cumsum(-1) <= 1 - p[:, None]
+        hidden[:, -1] = False
+        return torch.empty_like(values).scatter_(1, order, values.masked_fill(hidden, -torch.inf))
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         self.calls["rotate"] += 1
         tokens, _, size = x.shape

@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from npu_substitutes import Substitutes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nanovllm.runner.choice import choose_by_sorting, keep_likeliest, sample_plain
+from nanovllm.ops import torch_operators
+from nanovllm.ops.npu.sampling import NpuSampling
+from nanovllm.ops.reference import keep_likeliest
+from nanovllm.runner.choice import choose_by_sorting, sample_plain
 
 Array = np.ndarray[Any, Any]
 
@@ -81,3 +85,78 @@ def test_the_device_is_asked_nothing() -> None:
         choose_by_sorting(x, **settings(5, temperature=[0, 1, 1, 1, 1], top_k=[0, 3, 0, 0, 0], top_p=0.9, min_p=0.01))
     with pytest.raises(AssertionError), NoQuestions():
         x.sum().item()
+
+
+# ---- through torch_npu's operator -----------------------------------------------------------------------------------
+
+ROWS: dict[str, Any] = {  # every way a row can go
+    "top_k": [0, 5, 0, 1500, 40, 0, 1, 1024, 3000, 0, 20],
+    "top_p": [1.0, 1.0, 0.6, 0.9, 0.5, 1.0, 0.3, 1.0, 0.8, 0.999, 1e-6],
+    "min_p": [0.0, 0.0, 0.0, 0.01, 0.05, 0.1, 0.0, 0.0, 0.0, 0.02, 0.0],
+}
+
+
+def limits(rows: int) -> list[Array]:
+    return [settings(rows, **{name: values[:rows] for name, values in ROWS.items()})[name] for name in ROWS]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_operator_of_npus_keeps_what_the_definition_keeps(ties: bool) -> None:
+    library = Substitutes()
+    keep = NpuSampling(torch_operators(), library).keep_likeliest
+    for seed in range(5):
+        x = logits(11, 3000, seed)
+        x = x.bfloat16().float() if ties else x  # many logits are equal
+        before = x.clone()
+        kept = keep(x, *limits(11))
+        assert torch.equal(kept, keep_likeliest(x, *limits(11)))
+        assert torch.equal(x, before)
+    assert library.calls["top_k_top_p"] == 2 * 5  # one for rows with top_k, one for those without
+
+
+def test_what_a_row_keeps_does_not_depend_on_its_neighbours() -> None:
+    keep = NpuSampling(torch_operators(), Substitutes()).keep_likeliest
+    x = logits(11, 3000)
+    together = keep(x, *limits(11))
+    for row in range(11):
+        alone = keep(x[row : row + 1], *(values[row : row + 1] for values in limits(11)))
+        assert torch.equal(alone[0], together[row])
+
+
+def test_the_operator_is_called_for_those_alone_who_need_it() -> None:
+    library = Substitutes()
+    keep = NpuSampling(torch_operators(), library).keep_likeliest
+    x = logits(2)
+    arrays = settings(2, top_k=[0, 300], top_p=1.0, min_p=0.0)  # off, and all there are
+    assert keep(x, arrays["top_k"], arrays["top_p"], arrays["min_p"]) is x and not library.calls
+    right = library.top_k_top_p
+
+    def on_the_device(*tensors: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            return right(*tensors)
+
+    library.top_k_top_p = on_the_device  # type: ignore[method-assign]
+    with NoQuestions():
+        choose_by_sorting(x, **settings(2, top_k=[0, 3], top_p=0.9, min_p=0.01), keep=keep)
+    assert library.calls["top_k_top_p"] == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_row_without_numbers_harms_no_other(bad: float) -> None:
+    keep = NpuSampling(torch_operators(), Substitutes()).keep_likeliest
+    x = logits(3)
+    wanted = keep(x, *limits(3))
+    x[1] = bad
+    kept = keep(x, *limits(3))
+    assert torch.equal(kept[[0, 2]], wanted[[0, 2]])
+    tokens = choose_by_sorting(x, **settings(3, top_k=[0, 5, 0], top_p=[1.0, 1.0, 0.6]), keep=keep)
+    assert 0 <= int(tokens[1]) < 300
+
+
+def test_seeds_draw_the_tokens_they_draw_by_sorting() -> None:
+    x = logits(11, 3000)
+    chosen = settings(11, temperature=[0.0, *[0.8] * 10], **ROWS)
+    keep = NpuSampling(torch_operators(), Substitutes()).keep_likeliest
+    for _ in range(5):
+        chosen["positions"] += 1
+        assert torch.equal(choose_by_sorting(x, **chosen, keep=keep), choose_by_sorting(x, **chosen))

@@ -34,6 +34,7 @@ def torch_operators(attention_backend: str = "torch_native") -> Operators:
         prepare_attention=attention.prepare_attention,
         paged_attention=attention.paged_attention,
         record=reference.record,
+        keep_likeliest=reference.keep_likeliest,
     )
 
 

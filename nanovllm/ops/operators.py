@@ -19,6 +19,9 @@ NewCache = Callable[[int, int, int, int, torch.dtype, torch.device], Tensor]
 # logits float32 [S, V], then arrays [S]: temperature (0: greedy), top_k (0: off), top_p, min_p, seeds uint64, positions
 # -> tokens int64 [S]. The meaning is that of runner/choice.py.
 Choose = Callable[[Tensor, Array, Array, Array, Array, Array, Array], Tensor]
+# logits float32 [R, V], then arrays [R]: top_k (0: off), top_p (1: off), min_p (0: off) -> logits with everything that
+# may not be drawn at -inf.
+KeepLikeliest = Callable[[Tensor, Array, Array, Array], Tensor]
 # logits float32 [S, V], changed in place; the token table int32 [max_rows, width]; then arrays [n], one entry for each
 # row of logits concerned: its number, its row of the table, the position to be chosen, its prompt's length (int64),
 # repetition (1: off), frequency and presence (0: off; float32). The meaning is that of runner/logit_rules.py.
@@ -66,6 +69,7 @@ class Operators:
     prepare_attention: Callable[[AttentionMetadata, Sequence[int | None], torch.dtype], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionMetadata, float, int | None], Tensor]
     record: Callable[..., Forward | None]
+    keep_likeliest: KeepLikeliest  # for ``choose_by_sorting``
     # Rows, columns, dtype -> memory for a weight, which ``pack_linear`` may then pack where it lies. None: any memory.
     allocate_matrix: Callable[[int, int, torch.dtype], Tensor] | None = None
     # x, packed, bias, widths of its parts -> each part of the product as a tensor of its own, for q, k and v.

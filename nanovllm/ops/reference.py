@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.ops.metadata import AttentionMetadata
-from nanovllm.ops.operators import Forward
+from nanovllm.ops.operators import Array, Forward
+from nanovllm.ops.transfer import to_device
 
 # ---- norms, rotary, activation ------------------------------------------------------------------------------------
 
@@ -166,3 +168,31 @@ def record(forward: Forward, max_tokens: int, block_size: int, eager: bool = Fal
     ``eager``: operators are to be called one by one, with results that are the same, bit for bit.
     """
     return None
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------
+
+
+def keep_likeliest(logits: Tensor, k: Array, top_p: Array, min_p: Array) -> Tensor:
+    """What may be drawn, by sorting: logits [R, V] with everything else at -inf.
+
+    The definition of min-p, then top-k, then top-p over what is left, renormalised; each keeps the ties with the last
+    token it keeps. k int [R] (0: off), top_p [R] (>= 1: off), min_p [R] (0: off).
+    """
+    device, vocab_size = logits.device, logits.shape[1]
+    values = logits.sort(dim=-1, descending=True).values
+    last = np.where((k > 0) & (k < vocab_size), k, vocab_size) - 1
+    boundary = values.gather(1, to_device(last, device).unsqueeze(1))
+    weights = torch.exp(values - values[:, :1])
+    kept = (values >= boundary) & (weights >= to_device(min_p, device).unsqueeze(1))
+    kept &= values >= nucleus_boundary(values, weights * kept, to_device(top_p, device).unsqueeze(1))
+    lowest = values.gather(1, kept.sum(-1, keepdim=True).clamp_(min=1) - 1)
+    return logits.masked_fill(logits < lowest, -torch.inf)
+
+
+def nucleus_boundary(values: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest value of the nucleus [R, 1]: weights [R, C] of descending values [R, C]; top_p [R, 1] (>= 1: off)."""
+    reached = weights.cumsum(-1)
+    limit = torch.where(top_p < 1.0, top_p * reached[:, -1:], torch.inf)
+    # The boundary token is the last one before which the limit is not reached yet.
+    return values.gather(1, (reached[:, :-1] < limit).sum(-1, keepdim=True))

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.ops.operators import KeepLikeliest
+from nanovllm.ops.reference import keep_likeliest, nucleus_boundary
 from nanovllm.runner.blocks import BLOCK, argmax, block_sum, greater, take_blocks, top_k
 from nanovllm.runner.ragged import Array, to_device
 from nanovllm.runner.uniform import uniforms
@@ -71,7 +73,7 @@ def _sample_top_k(logits: Tensor, num_candidates: int, k: Array, top_p: Array, m
     weights = torch.exp(values - values[:, :1])
     weights = weights * ((values >= boundary) & (weights >= to_device(min_p, device).unsqueeze(1)))
     if (top_p < 1.0).any():
-        weights = weights * (values >= _nucleus_boundary(values, weights, to_device(top_p, device).unsqueeze(1)))
+        weights = weights * (values >= nucleus_boundary(values, weights, to_device(top_p, device).unsqueeze(1)))
     tokens = columns.gather(1, draw(weights, uniform)[0].unsqueeze(1)).squeeze(1)
     if num_candidates < logits.shape[1]:
         # Ties with the boundary may go on beyond the candidates: select more of those rows.
@@ -87,14 +89,6 @@ def _sample_top_k(logits: Tensor, num_candidates: int, k: Array, top_p: Array, m
                 uniform.index_select(0, open_rows),
             )
     return tokens
-
-
-def _nucleus_boundary(values: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
-    """The lowest value of the nucleus [R, 1]: weights [R, C] of descending values [R, C]; top_p [R, 1] (>= 1: off)."""
-    reached = weights.cumsum(-1)
-    limit = torch.where(top_p < 1.0, top_p * reached[:, -1:], torch.inf)
-    # The boundary token is the last one before which the limit is not reached yet.
-    return values.gather(1, (reached[:, :-1] < limit).sum(-1, keepdim=True))
 
 
 def sample_top_p(logits: Tensor, top_p: Array, min_p: Array, seeds: Array, positions: Array) -> Tensor:
@@ -127,26 +121,18 @@ def sample_top_p(logits: Tensor, top_p: Array, min_p: Array, seeds: Array, posit
         tokens[rows] = drawn
 
 
-def keep_likeliest(logits: Tensor, k: Array, top_p: Array, min_p: Array) -> Tensor:
-    """The definition, by sorting: logits [R, V] with everything that may not be drawn at -inf.
-
-    Slow; for those who want to see the distribution itself (``logprobs_mode="processed_..."``). k [R] (0: off).
-    """
-    device, vocab_size = logits.device, logits.shape[1]
-    values = logits.sort(dim=-1, descending=True).values
-    last = np.where((k > 0) & (k < vocab_size), k, vocab_size) - 1
-    boundary = values.gather(1, to_device(last, device).unsqueeze(1))
-    weights = torch.exp(values - values[:, :1])
-    kept = (values >= boundary) & (weights >= to_device(min_p, device).unsqueeze(1))
-    kept &= values >= _nucleus_boundary(values, weights * kept, to_device(top_p, device).unsqueeze(1))
-    lowest = values.gather(1, kept.sum(-1, keepdim=True).clamp_(min=1) - 1)
-    return logits.masked_fill(logits < lowest, -torch.inf)
-
-
 def choose_by_sorting(
-    logits: Tensor, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seeds: Array, positions: Array
+    logits: Tensor,
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    seeds: Array,
+    positions: Array,
+    keep: KeepLikeliest = keep_likeliest,
 ) -> Tensor:
-    """As ``Operators.choose``: all rows in one pass that never asks the device anything; filters sort the vocabulary.
+    """As ``Operators.choose``: all rows in one pass that never asks the device anything; filters sort the vocabulary,
+    or do whatever the operator ``keep_likeliest`` of the device does.
 
     The draws above look at the device's answer before they go on. Where that stalls it longer than a sort takes (an
     NPU, with the next step waiting to be launched), this is the better way.
@@ -157,6 +143,6 @@ def choose_by_sorting(
         return argmax(logits)
     scaled = logits / to_device(np.where(greedy, np.float32(1.0), temperature), device).unsqueeze(1)
     if ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)).any():
-        scaled = keep_likeliest(scaled, top_k, top_p, min_p)
+        scaled = keep(scaled, top_k, top_p, min_p)
     tokens = draw(torch.softmax(scaled, dim=-1), to_device(uniforms(seeds, positions), device))[0]
     return torch.where(to_device(greedy, device), argmax(logits), tokens) if greedy.any() else tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,7 +105,8 @@ class ModelRunner:
         log_size(config, self.num_blocks, self.num_blocks * self.kv_bytes_per_block)
 
         self.batch = InputBatch(max_rows, block_size, self.device, self.num_blocks)
-        choose = self.ops.choose or (choose_by_sorting if self.ops.choose_by_sorting else None)
+        sorting = partial(choose_by_sorting, keep=self.ops.keep_likeliest) if self.ops.choose_by_sorting else None
+        choose = self.ops.choose or sorting
         self.sampler = Sampler(max_rows, self.model.vocab_size, model.logprobs_mode, choose, self.ops.penalise)
         self.guidance = Guidance(model)
         self.pooler = Pooler()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from nanovllm.engine.plan import RowStart, TokenLogprobs
 from nanovllm.ops.operators import Choose, Penalise
+from nanovllm.ops.reference import keep_likeliest
 from nanovllm.runner.blocks import argmax
-from nanovllm.runner.choice import keep_likeliest, sample_plain, sample_top_k, sample_top_p
+from nanovllm.runner.choice import sample_plain, sample_top_k, sample_top_p
 from nanovllm.runner.logit_rules import apply_logit_rules
 from nanovllm.runner.logprobs import LateLogprobs, Reader, gather_logprobs
 from nanovllm.runner.ragged import Array, to_device

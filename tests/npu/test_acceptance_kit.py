@@ -25,7 +25,7 @@ def test_npu_check_passes_on_an_atlas_a2(tmp_path: Path) -> None:
     results = check(tmp_path / "npu.json", "doctor", "operators", "tokens", "graphs", "prefix_cache", "ranks")
     checks = results["checks"]
     assert results["device"] == "Ascend910B2" and checks["doctor"]["emulated"]
-    assert {"linear", "linear_parts", "linear, weights in 8 bits"} <= set(checks["operators"])
+    assert {"linear", "linear_parts", "linear, weights in 8 bits", "keep_likeliest"} <= set(checks["operators"])
     assert {"copy_blocks, heads of 64", "paged_attention, heads of 128"} <= set(checks["operators"])
     assert checks["tokens"]["different"] == checks["graphs"]["different"] == checks["prefix_cache"]["different"] == 0
     assert checks["ranks"]["ranks"] == 2

@@ -57,6 +57,7 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
     from nanovllm.ops.npu.attention import FusedAttention
     from nanovllm.ops.npu.elementwise import NpuElementwise
     from nanovllm.ops.npu.fused import with_fused
+    from nanovllm.ops.npu.sampling import NpuSampling
 
     elementwise, attention = NpuElementwise(base, library), FusedAttention(library)
     table = replace(
@@ -71,6 +72,7 @@ def operators(base: Operators, library: Any, is_310p: bool, quantization: str | 
         record=partial(_record, attention),
         tune=attention.tune,
         choose_by_sorting=True,
+        keep_likeliest=NpuSampling(base, library).keep_likeliest,
     )
     return with_fused(table)
 

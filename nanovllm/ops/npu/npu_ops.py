@@ -60,6 +60,15 @@ def int8_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return torch_npu.npu_weight_quant_batchmatmul(x, values.t(), scales)
 
 
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def top_k_top_p(logits: Tensor, p: Tensor, k: Tensor | None) -> Tensor:
+    """logits float32 [R, V] with -inf for all but the k [R] (int32, 1 to 1024) largest, and of those the likeliest that
+    reach p [R]."""
+    return torch_npu.npu_top_k_top_p(logits, p, k)
+
+
 # ---- Atlas A2 and A3: a cache [num_blocks, block_size, Hk, D] ------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ def apply_top_k_top_p(logits: Tensor, p: Tensor | None, k: Tensor | None, out: T
         threshold = values.gather(1, (logits.shape[1] - k.long())[:, None])
         values = values.masked_fill(values < threshold, float("-inf"))
     if p is not None:
+        require(bool(((p >= 0) & (p <= 1)).all()), f"p must be in 0..1: {p.tolist()}")
         hidden = values.softmax(-1).cumsum(-1) <= 1 - p.float()[:, None]
         hidden[:, -1] = False
         values = values.masked_fill(hidden, float("-inf"))
