@@ -138,13 +138,12 @@ def _elementwise(dtype: torch.dtype, kv_dtype: torch.dtype, hidden: int, head_di
     elementwise.copy_blocks([(caches[0], caches[1])], [1], [2])
 
 
-def _products(kind: str, shared: int, capability: int, dtype: torch.dtype, rows: int, bias: bool) -> None:
+def _products(kind: str, capability: int, dtype: torch.dtype, rows: int, bias: bool, multiprocessors: int) -> None:
     """A product with a quantised weight; many multiprocessors split its inputs, one does not."""
     generation = (capability // 10, capability % 10)
-    for multiprocessors in (132, 1):
-        linear = CudaLinear(torch_operators(), kind, multiprocessors, generation)
-        packed = linear.pack_linear(torch.zeros(256, 1024, dtype=dtype))
-        linear.linear(torch.zeros(rows, 1024, dtype=dtype), packed, torch.zeros(256, dtype=dtype) if bias else None)
+    linear = CudaLinear(torch_operators(), kind, multiprocessors, generation)
+    packed = linear.pack_linear(torch.zeros(256, 1024, dtype=dtype))
+    linear.linear(torch.zeros(rows, 1024, dtype=dtype), packed, torch.zeros(256, dtype=dtype) if bias else None)
 
 
 def _sampling(vocab_size: int) -> None:
@@ -165,7 +164,8 @@ def selected(capability: int, full: bool) -> Iterator[tuple[str, Work]]:
     attention += [(half, kv, 128, 2, False) for kv in float8]
     elementwise = [(half, float8[0] if float8 else half, 1024, 128)]
     kinds = ("int8", "int4", "w8a8")
-    products = [(kind, half, rows, False) for kind in kinds for rows in (1, 200)] + [("int8", torch.float32, 200, True)]
+    products = [(kind, half, rows, False, splits) for kind in kinds for rows, splits in ((1, 132), (200, 1))]
+    products += [("int8", torch.float32, 200, True, 1)]
     vocabularies = [151_936]
     if full:
         others = (torch.float16, torch.float32)
@@ -182,15 +182,20 @@ def selected(capability: int, full: bool) -> Iterator[tuple[str, Work]]:
             for hidden, head_dim in ((512, 32), (1024, 128), (1536, 96), (2560, 80), (4096, 64), (8192, 256))
         ]
         elementwise += [(dtype, dtype, 1024, 128) for dtype in others]
-        products = [(kind, half, rows, rows == 1) for kind in kinds for rows in (1, 32, 64, 200)]
-        products += [(kind, dtype, rows, False) for kind in kinds for dtype in others for rows in (1, 200)]
+        products = [
+            (kind, dtype, rows, rows == 1, splits)
+            for kind in kinds
+            for dtype, counts in ((half, (1, 32, 64, 200)), *((other, (1, 200)) for other in others))
+            for rows in counts
+            for splits in (132, 1)
+        ]
         vocabularies = [32_000, 128_256, 151_936, 262_144]
     for case in attention:
         yield f"attention {case}", partial(_attention, shared, *case)
     for case in elementwise:
         yield f"elementwise {case}", partial(_elementwise, *case)
-    for kind, dtype, count, bias in products:
-        yield f"product {kind, dtype, count, bias}", partial(_products, kind, shared, capability, dtype, count, bias)
+    for kind, *case in products:
+        yield f"product {kind, *case}", partial(_products, kind, capability, *case)
     for vocab_size in vocabularies:
         yield f"sampling from {vocab_size}", partial(_sampling, vocab_size)
 

@@ -36,4 +36,4 @@ def test_every_kernel_compiles_and_fits(capability: int, shared_memory: int, tmp
         if kernel["kernel"] in ("decode_kernel", "tile_kernel", "_product") and not in_float32:
             assert kernel["tensor cores"] and kernel["loads ahead"], kernel
             # Longer queries take all 255 registers on Ampere, and a few more.
-            assert kernel["spilled"] <= (128 if kernel["kernel"] == "tile_kernel" else 0), kernel
+            assert kernel["spilled"] <= (160 if kernel["kernel"] == "tile_kernel" else 0), kernel

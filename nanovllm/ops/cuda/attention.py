@@ -32,14 +32,18 @@ class Tiles:
 
 def decode_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Tiles:
     """For one query per row."""
-    keys = 64 if head_dim * itemsize <= 256 else 32
-    return Tiles(16, keys, 4, _stages(2 * keys * head_dim * itemsize, 16 * head_dim * itemsize, shared_memory))
+    row = head_dim * itemsize  # bytes
+    keys = 64 if row <= 256 else 32 if row <= 512 else 16
+    return Tiles(16, keys, 4, _stages(2 * keys * row, 16 * row, shared_memory))
 
 
 def long_tiles(head_dim: int, itemsize: int, shared_memory: int) -> Tiles:
-    """For many queries per row."""
+    """For many queries per row. Without matrix units (float32), what a tile multiplies has to fit into registers."""
     row = head_dim * itemsize  # bytes
-    lines, keys = (128, 64) if row <= 256 else (64, 32) if row <= 512 else (16, 32)
+    if itemsize == 4:
+        lines, keys = 16, 32 if row <= 512 else 16
+    else:
+        lines, keys = (128, 64) if row <= 256 else (64, 32)
     return Tiles(lines, keys, 8 if lines == 128 else 4, _stages(2 * keys * row, lines * row, shared_memory))
 
 

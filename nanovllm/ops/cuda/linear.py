@@ -142,8 +142,9 @@ class CudaLinear:
     def _multiply(self, x: Tensor, x_scales: Tensor | None, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         rows, (inputs, outputs) = x.shape[0], (weight.inputs, weight.values.shape[0])
         # Products in float32 have no matrix units: what is multiplied has to fit into registers.
-        block_m = min(32 if x.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(rows)))
-        block_n, block_k = 64, INT4_GROUP if weight.kind == "int4" else 128
+        in_registers = x.dtype == torch.float32
+        block_m = min(32 if in_registers else 128, max(16, triton.next_power_of_2(rows)))
+        block_n, block_k = 64, INT4_GROUP if weight.kind == "int4" else 32 if in_registers else 128
         tiles = triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n)
         # Few tiles leave most of the GPU idle: then the inputs are split, and the sums added in a fixed order.
         steps = triton.cdiv(inputs, block_k)
