@@ -172,16 +172,17 @@ class TorchGraphs:
                     fake.live[self.pool] -= 1
 
         @contextmanager
-        def record(graph: Graph, pool: int, capture_error_mode: str) -> Iterator[None]:
+        def record(graph: Graph, pool: int, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert stream is side, "libraries would take their workspace of another stream from the pool"
             assert fake.live.get(pool, 1) > 0, "this pool has been given up"
             yield
             graph.pool = pool
             fake.live[pool] = fake.live.get(pool, 0) + 1
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        side, current = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", self.new_pool)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", record)

@@ -31,7 +31,8 @@ class CudaCapture:
         """Returns (replay, the tensor that ``work`` returned and every replay fills again); nothing has run by then
         that a replay would not run again.
 
-        ``work`` runs once before it is recorded: kernels are compiled and chosen then, which cannot be recorded.
+        ``work`` runs once before it is recorded, on the same stream: kernels are compiled and chosen then, which cannot
+        be recorded, and libraries get the stream's workspace, which would keep a pool alive.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -40,7 +41,7 @@ class CudaCapture:
         if not self._recorded:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             result = work()
         self._recorded.add(graph)
         return graph.replay, result
