@@ -18,14 +18,14 @@
 
 #include "attention_plan.h"
 #include "buffer.h"
+#include "cache_prefetch.h"
 #include "dtype.h"
 #include "parallel.h"
 #include "product.h"
+#include "softmax.h"
 #include "transpose.h"
 
 namespace {
-
-constexpr float LOWEST = -1e30f;  // below any score; unlike -infinity it may be subtracted from itself
 
 static_assert(TILE % PANEL == 0 && PARTITION % TILE == 0, "tiles fill panels, partitions are whole tiles");
 
@@ -44,38 +44,6 @@ struct Format<bf16> {
 };
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The softmax of some queries over some keys; outputs are not yet divided by the sum.
-struct Softmax {
-    float* output;   // [queries, width], width = head_dim padded to whole panels
-    float* maximum;  // [queries], of the scores in units of log2(e)
-    float* sum;      // [queries]
-
-    // Lays the three out in memory for queries * (width + 2) numbers.
-    Softmax(float* memory, int queries, int width)
-        : output(memory), maximum(memory + size_t(queries) * width), sum(maximum + queries) {}
-    Softmax() = default;
-
-    void clear(int queries, int width) const {
-        std::memset(output, 0, sizeof(float) * queries * width);
-        std::memset(sum, 0, sizeof(float) * queries);
-        std::fill_n(maximum, queries, LOWEST);
-    }
-
-    // Adds what is known of other keys. The order of merging is part of the result.
-    void merge(const Softmax& other, int queries, int width) const {
-        for (int i = 0; i < queries; ++i) {
-            const float most = std::max(maximum[i], other.maximum[i]);
-            const float mine = exp2_of_negative(splat(maximum[i] - most))[0];
-            const float its = exp2_of_negative(splat(other.maximum[i] - most))[0];
-            maximum[i] = most;
-            sum[i] = sum[i] * mine + other.sum[i] * its;
-            float *to = output + i * width, *from = other.output + i * width;
-            for (int d = 0; d < width; d += LANES)
-                store(to + d, fma(load(from + d), splat(its), load(to + d) * splat(mine)));
-        }
-    }
-};
 
 // What a thread works with; its memory lives as long as the thread.
 struct Workspace {
@@ -98,8 +66,9 @@ class Attention {
     static constexpr int TILE_DEPTH = TILE / PER_CELL;
 
    public:
-    Attention(const AttentionArguments& arguments, int threads)
+    Attention(const AttentionArguments& arguments, int number_of_threads)
         : a(arguments),
+          threads(number_of_threads),
           group(a.heads / a.kv_heads),
           depth(a.head_dim / PER_CELL),
           width(round_up(a.head_dim, PANEL)),
@@ -119,7 +88,7 @@ class Attention {
         const Piece& piece = plan->pieces[piece_number];
         const Unit& unit = plan->units[piece.unit];
         static thread_local Workspace workspace;
-        Task task(*this, unit, workspace);
+        Task task(*this, unit, workspace, piece.end_partition, piece_behind(piece_number));
         task.load_queries();
         if (unit.pieces == 1) {
             task.total.clear(task.queries, width);
@@ -141,6 +110,11 @@ class Attention {
    private:
     struct Task;
 
+    // The piece this thread will probably take next, for others take as many; null behind the last.
+    const Piece* piece_behind(int number) const {
+        return number + threads < num_pieces() ? &plan->pieces[number + threads] : nullptr;
+    }
+
     // Where a divided unit keeps the result of a partition.
     Softmax partial(const Unit& unit, int partition, int queries) const {
         const size_t first = unit.partials + size_t(partition - unit.first_partition) * queries;
@@ -148,40 +122,11 @@ class Attention {
     }
 
     const AttentionArguments& a;
-    const int group, depth, width;  // depth: cells of a head
-    const float scale;              // to scores in units of log2(e)
+    const int threads, group, depth, width;  // depth: cells of a head
+    const float scale;                       // to scores in units of log2(e)
     Plan* plan;
     float* partials;
     std::unique_ptr<std::atomic<int>[]> pieces_left;
-};
-
-// Asks for the keys and values of the next tile, a few lines at every step of a product: rows of the cache are too far
-// apart for the hardware to foresee them, and a core can wait for a few lines at a time only.
-class Prefetcher {
-   public:
-    explicit Prefetcher(ptrdiff_t v_offset) : v_offset_(v_offset) {}
-
-    // ``bytes`` at each place, and at v_offset behind it, within ``steps`` steps.
-    void start(const char* const* places, int count, int bytes, int steps) {
-        place_ = places, end_ = places + std::max(0, count);
-        offset_ = 0, bytes_ = bytes;
-        per_step_ = (std::max(0, count) * ((bytes + 63) / 64) + steps - 1) / steps;
-    }
-
-    void step() {
-        for (int i = 0; i < per_step_ && place_ != end_; ++i) {
-            const char* line = *place_ + offset_;
-            __builtin_prefetch(line, 0, 2);
-            __builtin_prefetch(line + v_offset_, 0, 2);
-            offset_ += 64;
-            if (offset_ >= bytes_) offset_ = 0, ++place_;
-        }
-    }
-
-   private:
-    const ptrdiff_t v_offset_;
-    const char *const *place_, *const *end_;
-    int offset_, bytes_, per_step_;
 };
 
 // One thread's work on one unit. Its queries are ordered by KV head, token, query head.
@@ -195,9 +140,12 @@ struct Attention<T>::Task {
     float *scores, *corrections, *lane_sums;
     Softmax partition, total;
     const ptrdiff_t v_offset;  // from a key to its value, in bytes
-    Prefetcher prefetcher;
+    const int end_partition;   // of the piece
+    const Piece* const next_piece;
+    CachePrefetch prefetch;
+    const char* next_places[TILE];
 
-    Task(const Attention& attention, const Unit& its_unit, Workspace& workspace)
+    Task(const Attention& attention, const Unit& its_unit, Workspace& workspace, int end, const Piece* next)
         : call(attention),
           a(attention.a),
           unit(its_unit),
@@ -206,7 +154,8 @@ struct Attention<T>::Task {
           depth(attention.depth),
           width(attention.width),
           v_offset(static_cast<const char*>(a.v_cache) - static_cast<const char*>(a.k_cache)),
-          prefetcher(v_offset) {
+          end_partition(end),
+          next_piece(next) {
         q = workspace.q.at_least(queries * depth);
         k = workspace.k.at_least(TILE * depth);
         v = workspace.v.at_least(width * TILE_DEPTH);
@@ -220,8 +169,10 @@ struct Attention<T>::Task {
         total = Softmax(base + queries * (width + 2), queries, width);
     }
 
-    // How often attend_few lets the prefetcher step in one tile.
-    int prefetch_steps() const { return unit.heads * (TILE / LANES * (depth / 4) + width / PANEL * TILE_DEPTH); }
+    // How often attend_few lets the prefetch step in one tile.
+    int prefetch_steps() const {
+        return unit.heads * (TILE / LANES * ((depth + 15) / 16) + width / PANEL * ((TILE_DEPTH + 3) / 4));
+    }
 
     void load_queries() {
         const int size = call.group * a.head_dim;
@@ -236,15 +187,12 @@ struct Attention<T>::Task {
     void attend(int number, const Softmax& state) {
         state.clear(queries, width);
         std::memset(lane_sums, 0, sizeof(float) * queries * LANES);
-        const int last = unit.position + unit.tokens - 1;
-        const int first = a.window ? std::max(0, unit.position - a.window + 1) : 0;
-        const int end = std::min((number + 1) * PARTITION, last + 1);
-        const char *places[TILE], *next_places[TILE];
-        for (int key = std::max(number * PARTITION, first / TILE * TILE); key < end; key += TILE) {
-            const int count = std::min(TILE, end - key), next_count = std::min(TILE, end - key - TILE);
-            find_keys(key, count, places);
-            if (next_count > 0) find_keys(key + TILE, next_count, next_places);
-            prefetcher.start(next_places, next_count, unit.heads * a.head_stride * sizeof(T), prefetch_steps());
+        const char* places[TILE];
+        const int end = unit.end_key(number);
+        for (int key = unit.first_key(number, a.window); key < end; key += TILE) {
+            const int count = std::min(TILE, end - key);
+            find_keys(unit, key, count, places);
+            if (head_queries <= MAX_ROWS) prefetch_behind(number, key);
             for (int head = 0; head < unit.heads; ++head) {
                 if (head_queries <= MAX_ROWS)
                     with_row_count(head_queries,
@@ -256,11 +204,29 @@ struct Attention<T>::Task {
         for (int i = 0; i < queries; ++i) state.sum[i] = sum_of(load(lane_sums + i * LANES));
     }
 
-    // Where in the cache the tile's keys are, for the unit's first head. Their values are ``v_offset`` bytes behind.
+    // Has the tile behind this one brought near meanwhile: of the partition, of the next, or of the next piece.
+    void prefetch_behind(int number, int key) {
+        const Unit* of = &unit;
+        key += TILE;
+        if (key >= unit.end_key(number)) {
+            ++number;
+            if (number == end_partition) {
+                if (!next_piece) return prefetch.stop();
+                of = &call.plan->units[next_piece->unit];
+                number = next_piece->first_partition;
+            }
+            key = of->first_key(number, a.window);
+        }
+        const int count = std::min(TILE, of->end_key(number) - key);
+        find_keys(*of, key, count, next_places);
+        prefetch.start(next_places, count, v_offset, of->heads * a.head_stride * sizeof(T), prefetch_steps());
+    }
+
+    // Where in the cache a tile's keys are, for the unit's first head. Their values are ``v_offset`` bytes behind.
     // The last of them stands in for those beyond ``count``, which nobody sees.
-    void find_keys(int first, int count, const char** places) const {
-        const char* base = static_cast<const char*>(a.k_cache) + unit.first_head * a.head_stride * sizeof(T);
-        const int32_t* block = a.batch->block_table + unit.row * a.batch->table_stride + first / a.block_size;
+    void find_keys(const Unit& of, int first, int count, const char** places) const {
+        const char* base = static_cast<const char*>(a.k_cache) + of.first_head * a.head_stride * sizeof(T);
+        const int32_t* block = a.batch->block_table + of.row * a.batch->table_stride + first / a.block_size;
         int in_block = first % a.block_size;
         for (int i = 0; i < count; ++block, in_block = 0) {
             const char* place = base + (*block * a.block_stride + in_block * a.token_stride) * sizeof(T);
@@ -294,10 +260,22 @@ struct Attention<T>::Task {
             }
             f32v sums[ROWS] = {};
             int i = 0;
+#if defined(__AVX512F__)
+            for (; i + 16 <= depth; i += 16) {
+                u32v columns[16];
+                transpose_sixteen(rows + i, stride, columns);
+                prefetch.step();
+#pragma GCC unroll 16
+                for (int c = 0; c < 16; ++c)
+                    for (int row = 0; row < ROWS; ++row)
+                        sums[row] =
+                            Cells::add_product(sums[row], splat(queries_of_head[row * depth + i + c]), columns[c]);
+            }
+#endif
             for (; i + 4 <= depth; i += 4) {
                 u32v columns[4];
                 transpose_four(rows + i, stride, columns);
-                prefetcher.step();
+                if (i % 16 == 0) prefetch.step();
                 for (int c = 0; c < 4; ++c)
                     for (int row = 0; row < ROWS; ++row)
                         sums[row] =
@@ -317,20 +295,33 @@ struct Attention<T>::Task {
     void add_few(float* output, int head, const char* const* places, int count) {
         const int64_t offset = head * a.head_stride * sizeof(T) + v_offset;
         for (int column = 0; column < width; column += PANEL, output += PANEL) {
-            Sums<ROWS> sums;
-            load_outputs<ROWS>(sums, output, 0);
-            for (int i = 0; i * PER_CELL < count; ++i) {
-                const T* row = reinterpret_cast<const T*>(places[i * PER_CELL] + offset);
-                const T* next = reinterpret_cast<const T*>(places[i * PER_CELL + PER_CELL - 1] + offset);
-                prefetcher.step();
-                for (int n = 0; n < NV; ++n) {
-                    const u32v values = value_cells(row, next, column + n * LANES);
-                    for (int r = 0; r < ROWS; ++r)
-                        sums[r][n] = Cells::add_product(sums[r][n], splat(probabilities[r * TILE_DEPTH + i]), values);
-                }
-            }
-            store_sums<ROWS>(sums, output);
+            if (column + PANEL <= a.head_dim)
+                add_panel<ROWS>(output, places, offset, count, [=](const T* row, const T* next, int n) {
+                    return join(row + column + n, next + column + n);
+                });
+            else
+                add_panel<ROWS>(output, places, offset, count, [=](const T* row, const T* next, int n) {
+                    return value_cells(row, next, column + n);
+                });
         }
+    }
+
+    // ``cells``: of PANEL columns of V, LANES at a time.
+    template <int ROWS, class F>
+    void add_panel(float* output, const char* const* places, int64_t offset, int count, F&& cells) {
+        Sums<ROWS> sums;
+        load_outputs<ROWS>(sums, output, 0);
+        for (int i = 0; i * PER_CELL < count; ++i) {
+            const T* row = reinterpret_cast<const T*>(places[i * PER_CELL] + offset);
+            const T* next = reinterpret_cast<const T*>(places[i * PER_CELL + PER_CELL - 1] + offset);
+            if (i % 4 == 0) prefetch.step();
+            for (int n = 0; n < NV; ++n) {
+                const u32v values = cells(row, next, n * LANES);
+                for (int r = 0; r < ROWS; ++r)
+                    sums[r][n] = Cells::add_product(sums[r][n], splat(probabilities[r * TILE_DEPTH + i]), values);
+            }
+        }
+        store_sums<ROWS>(sums, output);
     }
 
     // ---- many queries: keys and values become panels first ------------------------------------------------------------

@@ -19,6 +19,13 @@ struct Unit {
     int first_partition, end_partition;
     int pieces;       // if more than one, the thread that completes the last merges their partitions'
     size_t partials;  // results, which begin here, in queries
+
+    // The keys of a partition that some of the tokens see, from the beginning of a tile.
+    int first_key(int partition, int window) const {
+        const int first = window ? std::max(0, position - window + 1) : 0;
+        return std::max(partition * PARTITION, first / TILE * TILE);
+    }
+    int end_key(int partition) const { return std::min((partition + 1) * PARTITION, position + tokens); }
 };
 
 // Some partitions of a unit's context.

@@ -39,6 +39,40 @@ inline __attribute__((always_inline)) void transpose_four(const cell* rows, ptrd
 #endif
 }
 
+#if defined(__AVX512F__)
+// Sixteen cells of LANES rows. A cache line of each row is read at once: rows that lie a power of two apart take turns
+// at the same bank of the cache.
+inline __attribute__((always_inline)) void transpose_sixteen(const cell* rows, ptrdiff_t stride, u32v columns[16]) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(rows + r * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+        b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) {  // a[r + c]: cells c, 4 + c, 8 + c and 12 + c of rows r .. r + 3
+        a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+        a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
+        a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+        a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        // Of rows 0 .. 7 and 8 .. 15: cells c and 8 + c, then 4 + c and 12 + c.
+        const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        const __m512i high_odd = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        columns[c] = (u32v)_mm512_shuffle_i32x4(low, high, 0x88);
+        columns[8 + c] = (u32v)_mm512_shuffle_i32x4(low, high, 0xdd);
+        columns[4 + c] = (u32v)_mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        columns[12 + c] = (u32v)_mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+#endif
+
 // One cell of LANES rows.
 inline u32v transpose_one(const cell* rows, ptrdiff_t stride) {
     u32v column;
