@@ -130,6 +130,28 @@ def test_others_run_with_newcomers_once_the_guilty_is_found():
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_long_prompt_that_gets_on_survives_any_number_of_faults(in_flight: int):
+    executor = Faulty(num_blocks=100)
+    executor.fault = lambda plan: RuntimeError("on fire") if plan.step % 4 == 3 else None
+    core = make_core(executor, in_flight=in_flight, max_num_batched_tokens=6)
+    core.add(make_request("0", [7] * 120, 3, seed=1))
+    tokens, ends, errors = run(core)
+    assert not errors and ends == {"0": "length"} and tokens == {"0": expected(executor, 1, 120, 3)}
+    assert executor.num_faults > RETRIES + 1
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 6, 17, 64])
+def test_a_long_prompt_that_always_fails_at_the_same_place_ends_soon(chunk: int):
+    executor = Faulty(num_blocks=100)
+    executor.poison = {1: 77}
+    core = make_core(executor, max_num_batched_tokens=chunk)
+    core.add(make_request("0", [7] * 120, 3, seed=1))
+    _, ends, errors = run(core)
+    assert ends == {"0": "error"} and len(errors) == 1
+    assert executor.num_recoveries <= 3 * RETRIES
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
 def test_where_memory_does_not_suffice_steps_become_smaller_and_all_goes_on(in_flight: int):
     executor = Faulty(num_blocks=200)
     executor.fault = lambda plan: MemoryError("no room") if plan.num_tokens > 5 else None

@@ -63,6 +63,7 @@ class Request:
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
+        "num_reached",
         "num_registered",
         "num_stale",
         "params",
@@ -135,7 +136,8 @@ class Request:
         self.flow: Flow | None = None  # where it waits or runs
         self.place: tuple[int, float, int, int] | None = None  # among those that run; see `FairQueue`
         self.num_preemptions = 0  # times it was put back into the queue
-        self.num_faults = 0  # steps with it that raised since its last token; while there are any, it is a suspect
+        self.num_faults = 0  # steps with it that raised since it last got on; while there are any, it is a suspect
+        self.num_reached = 0  # tokens that were computed before a step with it raised, at most
         self.queued_ts = 0.0  # seconds of the monotonic clock
 
         self.num_computed = 0

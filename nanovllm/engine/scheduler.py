@@ -395,7 +395,8 @@ class Scheduler:
             for index in plan.sampled:
                 plan.requests[index].num_pending -= 1
         can_shrink = out_of_memory and self.config.enable_chunked_prefill and plans[0].num_tokens > 1
-        guilty = self.suspects.accuse(sorted(accused, key=_place)) and not can_shrink
+        reached = {each.request_id: count for each, count in zip(plans[0].requests, plans[0].num_computed, strict=True)}
+        guilty = self.suspects.accuse(sorted(accused, key=_place), reached) and not can_shrink
         for request in {request.request_id: request for plan in plans for request in plan.requests}.values():
             request.num_stale = 0
             if request.status == RequestStatus.RUNNING:

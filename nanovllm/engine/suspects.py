@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nanovllm.engine.request import Request
 
-RETRIES = 3  # of a request that fails alone, without a token in between
+RETRIES = 3  # of a request that fails alone, without having got any further
 
 
 class Suspects:
@@ -40,8 +40,14 @@ class Suspects:
         """Those on trial, in order of their keys."""
         return self._groups[0]
 
-    def accuse(self, requests: list[Request]) -> bool:
+    def accuse(self, requests: list[Request], num_computed: dict[str, int]) -> bool:
         """A step of these requests, in order of their keys, has raised.
+
+        A long prompt gives no token for many steps, and may meet several faults that are not its own: who has come
+        further than at any fault before is accused as if for the first time.
+
+        Args:
+            num_computed: by id, the tokens of a request that were computed before the step.
 
         Returns:
             Whether it is found: a request that has failed alone more than `RETRIES` times in a row, and is to end.
@@ -49,6 +55,9 @@ class Suspects:
         for request in requests:
             if request.num_faults:
                 self._remove(request)
+            computed = num_computed[request.request_id]
+            if computed > request.num_reached:
+                request.num_reached, request.num_faults = computed, 0
             request.num_faults += 1
         half = len(requests) // 2
         for part in (requests[half:], requests[:half]):
