@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.errors import ParameterError
-from nanovllm.ops import Operators, reference, torch_operators
+from nanovllm.ops import AttentionMetadata, Operators, reference, torch_operators
 from nanovllm.ops.cpu import library as cpu_library
 from nanovllm.ops.cpu import operators
 from nanovllm.ops.cpu.linear import QUANTIZATIONS, CpuLinear, PackedWeight
@@ -215,6 +215,43 @@ def test_rounding_is_to_nearest_even_for_every_number(ops, dtype: torch.dtype) -
     finite = one_more.isfinite()
     assert torch.equal(total[finite], one_more[finite])
     assert torch.equal(total.isnan(), one_more.isnan())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_caches_that_share_their_blocks_hold_what_separate_ones_do(ops, dtype: torch.dtype) -> None:
+    """Written by the kernels or by the reference, read by attention, copied block by block."""
+    tokens, layers, shape = 40, 3, (9, 16, 2, 64)
+    separate = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)]
+    meta = AttentionMetadata(
+        query_start_loc=[0, tokens],
+        seq_lens=[tokens],
+        num_decodes=0,
+        max_query_len=tokens,
+        max_seq_len=tokens,
+        block_table=torch.tensor([[5, 2, 7]], dtype=torch.int32),
+        slot_mapping=torch.tensor([b * 16 + i for b in (5, 2, 7) for i in range(16)][:tokens]),
+        block_size=16,
+    )
+    cos, sin = (normal(seed, tokens, 1, 64, dtype=dtype) for seed in (1, 2))
+    for table in (ops, REFERENCE):
+        shared = ops.new_caches(layers, *shape, dtype, torch.device("cpu"))
+        for each in (shared, separate):
+            for cache in (cache for pair in each for cache in pair):
+                assert cache.shape == shape and cache.dtype == dtype and not cache[0].any()
+                cache[1:] = 0
+        assert {cache.stride() for pair in shared for cache in pair} == {(2 * layers * 2048, 128, 64, 1)}
+        for layer in range(layers):
+            qkv = normal(10 + layer, tokens, 4 + 2 * 2, 64, dtype=dtype)
+            found = []
+            for caches in (shared, separate):
+                q = table.norm_rotate_write(qkv, None, None, 1e-6, cos, sin, *caches[layer], meta.slot_mapping)
+                ops.prepare_attention(meta, [None], dtype)
+                found.append(ops.paged_attention(q, *caches[layer], meta, 0.125, None))
+            assert torch.equal(*found)
+        for caches in (shared, separate):
+            ops.copy_blocks(caches, [5, 2], [2, 8])
+        for ours, plain in zip(shared, separate, strict=True):
+            assert torch.equal(ours[0], plain[0]) and torch.equal(ours[1], plain[1])
 
 
 # ---- linear -------------------------------------------------------------------------------------------------------

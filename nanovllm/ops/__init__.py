@@ -62,6 +62,7 @@ def operator_table(device: str, attention_backend: str | None = None, quantizati
         prepare_attention=torchs.prepare_attention,
         paged_attention=torchs.paged_attention,
         record=torchs.record,
+        new_caches=None,
         tune=None,
     )
 

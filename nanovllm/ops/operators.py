@@ -16,6 +16,8 @@ Array = np.ndarray[Any, Any]
 Forward = Callable[[Tensor, Tensor, AttentionMetadata], Tensor]  # input_ids, positions, meta -> hidden states
 # num_blocks, block_size, kv_heads, head_dim, dtype, device -> keys or values of a layer, blocks first; block 0 is zero.
 NewCache = Callable[[int, int, int, int, torch.dtype, torch.device], Tensor]
+# layers, then as NewCache -> keys and values of every layer, made together; their blocks need not be neighbours.
+NewCaches = Callable[[int, int, int, int, int, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]
 # logits float32 [S, V], then arrays [S]: temperature (0: greedy), top_k (0: off), top_p, min_p, seeds uint64, positions
 # -> tokens int64 [S]. The meaning is that of runner/choice.py.
 Choose = Callable[[Tensor, Array, Array, Array, Array, Array, Array], Tensor]
@@ -79,4 +81,5 @@ class Operators:
     choose_by_sorting: bool = False  # which of its ways, without ``choose``: one that never waits for the device
     penalise: Penalise | None = None  # None: runner/logit_rules.py, with torch
     new_cache: NewCache | None = None  # None: [num_blocks, block_size, kv_heads, head_dim]
+    new_caches: NewCaches | None = None  # None: each on its own, with ``new_cache``
     tune: Callable[[AttentionShape, torch.device], None] | None = None  # chooses attention for a model

@@ -78,8 +78,12 @@ def weight_rows(packed: Tensor, indices: Tensor) -> Tensor:
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store k, v [T, Hk, D] at ``slot_mapping`` [T] of the caches [num_blocks, block_size, Hk, D]."""
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        block_size = cache.shape[1]
+        if cache.stride(0) == block_size * cache.stride(1):
+            cache.flatten(0, 1).index_copy_(0, slot_mapping, new)
+        else:  # blocks that are no neighbours: flattened, they would be a copy
+            cache.index_put_((slot_mapping // block_size, slot_mapping % block_size), new)
 
 
 def norm_rotate_write(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.errors import ParameterError
-from nanovllm.ops.cpu.memory import advise_huge_pages
 from nanovllm.runner.trial import trial_blocks, try_step
 
 if TYPE_CHECKING:
@@ -90,9 +89,11 @@ def allocate(
     Not initialised, so that a CPU commits memory only where something is written: attention reads no slot before it is
     written. The padding block is the exception.
     """
-    new_cache = model.ops.new_cache or _plain_cache
     shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
     layers = model.num_layers if num_layers is None else num_layers
+    if model.ops.new_caches is not None:
+        return model.ops.new_caches(layers, *shape, model.kv_dtype, device)
+    new_cache = model.ops.new_cache or _plain_cache
     return [
         (new_cache(*shape, model.kv_dtype, device), new_cache(*shape, model.kv_dtype, device)) for _ in range(layers)
     ]
@@ -102,8 +103,6 @@ def _plain_cache(
     num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     cache = torch.empty((num_blocks, block_size, kv_heads, head_dim), dtype=dtype, device=device)
-    if device.type == "cpu":
-        advise_huge_pages(cache)
     cache[0].zero_()
     return cache
 

@@ -25,6 +25,7 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
     from nanovllm.ops.cpu.elementwise import Elementwise
     from nanovllm.ops.cpu.library import load_library
     from nanovllm.ops.cpu.linear import CpuLinear
+    from nanovllm.ops.cpu.memory import new_caches
     from nanovllm.ops.cpu.program import record
     from nanovllm.ops.cpu.sampling import Sampling
 
@@ -60,4 +61,5 @@ def operators(base: Operators, quantization: str | None = None) -> Operators:
         record=partial(record, library),
         choose=sampling.choose,
         penalise=sampling.penalise,
+        new_caches=new_caches,
     )

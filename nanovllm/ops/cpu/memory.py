@@ -1,4 +1,4 @@
-"""Large pages for what is read from end to end at every step."""
+"""Large pages for what is read from end to end at every step: weights, keys and values."""
 
 from __future__ import annotations
 
@@ -65,3 +65,23 @@ class Arena:
         chunk = torch.empty(max(size, _CHUNK) + HUGE_PAGE, dtype=torch.uint8)
         advise_huge_pages(chunk)
         return chunk
+
+
+def new_caches(
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer, each [num_blocks, block_size, kv_heads, head_dim]; block 0 is zero.
+
+    All that belongs to a block lies together, layer after layer. So memory is taken block by block, as blocks are first
+    written; with a cache for each layer, large pages would be half empty in every one of them.
+    """
+    memory = torch.empty((num_blocks, layers, 2, block_size, kv_heads, head_dim), dtype=dtype, device=device)
+    advise_huge_pages(memory)
+    memory[0].zero_()
+    return [(memory[:, layer, 0], memory[:, layer, 1]) for layer in range(layers)]
