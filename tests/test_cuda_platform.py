@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,19 @@ def test_before_ampere_torchs_operators_run(capability: tuple[int, int], caplog:
     for options in ({"attention_backend": "triton"}, {"quantization": "int8"}):
         with pytest.raises(ParameterError, match=r"does not compile for compute capability 7.*leave it out"):
             ops_cuda.operators(base, Hardware(capability, 80, 99 << 10), **options)
+
+
+def test_a_gpu_without_triton_runs_on_torchs_operators(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    base, hardware = torch_operators(), Hardware((9, 0), 132, 227 << 10)
+    assert ops_cuda.operators(base, hardware) == base
+    assert "Triton is not installed: running on torch's operators" in caplog.text
+    with pytest.raises(ParameterError, match=r"Triton is not installed.*leave it out") as caught:
+        ops_cuda.operators(base, hardware, "flash_attn")
+    assert (caught.value.parameter, caught.value.value) == ("attention_backend", "flash_attn")
 
 
 class FakeDriver:
