@@ -128,7 +128,7 @@ def attention_backends(setup: Setup) -> dict[str, Any]:
         found = torch.cat([found, last])
         wanted = found if wanted is None else wanted
         results[backend or "own"] = (found - wanted).abs().mean().item()
-        right = results[backend or "own"] < 0.02 and lengths == [each.max_tokens for each in params]
+        right = results[backend or "own"] < 0.04 and lengths == [each.max_tokens for each in params]
         results["passed"] = results.get("passed", True) and right
     return results
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from gpu_engine import Setup
 
+from nanovllm.platforms.cuda_driver import visible_gpus
+
 Part = Callable[[Setup], dict[str, Any]]
 _LEAST = 3.0  # seconds a part is worth beginning for
 
@@ -46,7 +48,7 @@ class Isolated:
         Raises:
             PartError: it raised, its process died, or its time ran out.
         """
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized() or visible_gpus.cache_info().currsize:
             raise RuntimeError("a process that has begun to use the GPU cannot be forked any more")
         limit = min(self._limits[name], self._deadline - time.monotonic())
         if limit < _LEAST:
