@@ -21,19 +21,21 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
 from attention_libraries import attend, from_pages  # noqa: E402
+from fake_gpu import FakeCapture, FakeGpu, fake_operators  # noqa: E402
 from gpu_check import CHECKS, FIGURES, SECONDS, goals  # noqa: E402
 from gpu_engine import Setup  # noqa: E402
 from gpu_nano_vllm import FlashAttention, TritonDecode, reads_pages  # noqa: E402
-from gpu_trace import read_trace  # noqa: E402
+from gpu_trace import read_trace, recording  # noqa: E402
 from isolated import Isolated  # noqa: E402
 from parts import run  # noqa: E402
 from test_cuda_attention import SCALE, make_batch  # noqa: E402
+from workloads import TINY  # noqa: E402
 
 from nanovllm.ops import reference  # noqa: E402
 
 COMMAND = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--quick"]
-PARTS = ["prefix_cache", "out_of_memory", "abort", "trace", "measured_limits", "attention", "nano_vllm_bench",
-         "single_stream", "prefill", "batch_sweep", "recording", "quantised", "nano_vllm"]  # fmt: skip
+PARTS = ["prefix_cache", "out_of_memory", "abort", "neighbour", "waiting", "trace",
+         "measured_limits", "attention", "nano_vllm_bench", "single_stream", "prefill", "batch_sweep", "recording", "quantised", "nano_vllm"]  # fmt: skip
 
 
 def test_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(output.read_text())
     assert results["device"] and results["quick"] and results["machine"]["versions"]["torch"]
-    assert all(results["checks"][name]["passed"] for name in PARTS[:4])
+    assert all(results["checks"][name]["passed"] for name in PARTS[:6])
     bench = results["nano_vllm_bench"]
     assert bench["output_tokens_per_s"] > 0 and bench["ratio_to_nano_vllm"] is None
     share = bench["output_tokens_per_s"] / bench["limit_tokens_per_s"]
@@ -51,7 +53,7 @@ def test_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert set(results["batch_sweep"]) == {"1", "2", "seconds"}
     for figure in ("single_stream", "prefill"):
         assert "error" not in results[figure] and results[figure]["tokens_per_s"] > 0
-    assert results["quantised"]["int8"]["output_tokens_per_s"] > 0
+    assert results["quantised"]["int8"]["output_tokens_per_s"] > 0 and "fp8" in results["quantised"]["fp8"]["refused"]
     assert results["checks"]["trace"]["launches"] >= 6 and "error" not in results["recording"]
 
 
@@ -205,6 +207,16 @@ def new_varlen(
     return attend(query, rows, cu_seq_q.tolist(), scale, window_size)
 
 
+def test_the_recording_of_all_sizes_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("nanovllm.platforms", "nanovllm.runner.model_runner"):
+        monkeypatch.setattr(f"{module}.get_platform", lambda device: FakeGpu())
+    monkeypatch.setattr("nanovllm.runner.model_runner.operator_table", fake_operators)
+    monkeypatch.setattr("nanovllm.ops.cuda.graphs.CudaCapture", FakeCapture)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 1, "vocab_size": 100}))
+    found = recording(Setup("cpu", True, TINY, tmp_path, None, None))
+    assert set(found["rows"]) == {"1", "2", "4"} and found["seconds"] == sum(found["rows"].values()) > 0
+
+
 @pytest.mark.parametrize("varlen", [old_varlen, new_varlen])
 def test_nano_vllm_finds_flash_attention(varlen: Any) -> None:
     """Prompts of their own and behind a cached beginning, and decodes with a padded row, as Nano-vLLM calls it."""
@@ -235,3 +247,67 @@ def test_nano_vllm_finds_flash_attention(varlen: Any) -> None:
     alone = [cache.flatten(0, 1)[slots] for cache in caches]
     ours = flash.flash_attn_varlen_func(q, *alone, block_table=None, **options)
     torch.testing.assert_close(ours.float(), wanted, atol=3e-3, rtol=3e-3)
+
+
+CHECKOUT = {
+    "__init__.py": """
+from nanovllm.engine.llm import LLM
+class SamplingParams:
+    def __init__(self, **options):
+        self.__dict__.update(options)
+        assert options.keys() == {"temperature", "ignore_eos", "max_tokens"}
+""",
+    "engine/__init__.py": "",
+    "engine/model_runner.py": """
+import torch
+from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+def load_model(model, path):
+    raise FileNotFoundError("there are no weights")
+def run():
+    load_model(torch.nn.Linear(2, 2), "")
+    q, cache = torch.randn(2, 1, 4, 16).half(), torch.randn(3, 256, 2, 16).half()
+    table, lengths = torch.tensor([[1, -1], [2, -1]]).int(), torch.tensor([9, 0]).int()
+    options = {"cache_seqlens": lengths, "block_table": table, "softmax_scale": 0.2, "causal": True}
+    out = flash_attn_with_kvcache(q, cache, cache, **options)
+    assert out.shape == q.shape and out.isfinite().all() and not out[1].any()
+""",
+    "engine/llm.py": """
+from transformers import AutoTokenizer
+from nanovllm.engine import model_runner
+class LLM:
+    def __init__(self, model, enforce_eager, max_model_len):
+        assert AutoTokenizer.from_pretrained(model, use_fast=True).eos_token_id == 2
+        model_runner.run()
+        self.met = set()
+    def generate(self, prompts, params, use_tqdm):
+        assert not self.met & {tuple(prompt) for prompt in prompts}, "the prefix cache would find these"
+        self.met |= {tuple(prompt) for prompt in prompts}
+""",
+}
+
+
+def test_nano_vllm_runs_from_a_checkout(tmp_path: Path) -> None:
+    """Its package takes the place of ours; weights, tokenizer and flash-attn are provided."""
+    for name, source in CHECKOUT.items():
+        file = tmp_path / "nanovllm" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    code = f"""
+import runpy, sys, types, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch.nn.attention.varlen
+from test_cuda_check import old_varlen
+torch.nn.attention.varlen.varlen_attn = old_varlen
+torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=4)
+torch.cuda.synchronize = lambda: None
+sys.argv = ["gpu_nano_vllm.py", {str(tmp_path)!r}, {str(tmp_path)!r}]
+runpy.run_path({str(ROOT / "benchmarks/gpu_nano_vllm.py")!r}, run_name="__main__")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["output_tokens_per_s"] * result["seconds"] == pytest.approx(133_966)  # the published number of tokens
+    assert result["attention"] == "torch varlen, decodes on our Triton kernels"
