@@ -259,6 +259,13 @@ def test_top_k_has_limits(k: int) -> None:
         torch_npu.npu_top_k_top_p(npu(A), None, npu(torch.full((3,), k, dtype=torch.int32)))
 
 
+@pytest.mark.parametrize("p", [-0.1, 1.5])
+def test_top_p_has_limits(p: float) -> None:
+    with refused("p must be in 0..1"):
+        torch_npu.npu_top_k_top_p(npu(A), npu(torch.full((3,), p)), None)
+        torch.npu.synchronize()
+
+
 # ---- mixture of experts -------------------------------------------------------------------------------------------
 
 
