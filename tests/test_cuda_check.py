@@ -35,7 +35,8 @@ from nanovllm.ops import reference  # noqa: E402
 
 COMMAND = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--quick"]
 PARTS = ["prefix_cache", "out_of_memory", "abort", "neighbour", "waiting", "trace",
-         "measured_limits", "attention", "nano_vllm_bench", "single_stream", "prefill", "batch_sweep", "recording", "quantised", "nano_vllm"]  # fmt: skip
+         "measured_limits", "attention", "nano_vllm_bench", "single_stream", "prefill", "batch_sweep",
+         "recording", "quantised", "nano_vllm"]  # fmt: skip
 
 
 def test_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
