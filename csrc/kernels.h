@@ -174,6 +174,9 @@ struct Call {
 void nanovllm_run(const Call* calls, int64_t count, int64_t rows);
 
 // ---- before the first step ----
+// Has the system find every page of the memory, until ``wanted`` is zero; what the memory holds stays as it is.
+void nanovllm_touch(void* memory, int64_t bytes, int64_t page, const volatile int32_t* wanted);
+
 // How many threads may work at once, the calling one included; 1 at first.
 void nanovllm_set_threads(int32_t threads);
 

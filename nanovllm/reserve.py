@@ -18,9 +18,8 @@ from nanovllm.errors import ModelError
 from nanovllm.model_files import checkpoint_files, read_tensor_header
 
 HUGE_PAGE = 2 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; unknown to others, who then leave the pages to be touched later
-_STEP = 16 * HUGE_PAGE  # between two looks at whether the memory is still wanted
-_KERNELS = Path(__file__).parent / "ops" / "cpu" / "lib"
+_LEAST = 16 * HUGE_PAGE  # less is quickly found
+_KERNELS = Path(__file__).parent / "ops" / "cpu" / "lib" / "kernels_generic.so"  # any machine can load these
 
 _reserve: Reserve | None = None
 
@@ -34,22 +33,23 @@ class Reserve:
 
     def __init__(self, size: int) -> None:
         self.memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._wanted = True
+        self._wanted = ctypes.c_int32(1)
         self.memory.madvise(mmap.MADV_HUGEPAGE)
         Thread(target=self._touch, args=(size,), name="weights-memory", daemon=True).start()
 
     def _touch(self, size: int) -> None:
-        madvise = ctypes.CDLL(None).madvise  # the module's own knows no advice it was not compiled with
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        try:
+            touch = ctypes.CDLL(str(_KERNELS)).nanovllm_touch
+        except (OSError, AttributeError):  # built from other sources
+            return
+        touch.argtypes, touch.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p), None
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         first = -(-address // HUGE_PAGE) * HUGE_PAGE
-        for start in range(first, first + size, _STEP):
-            if not self._wanted or madvise(start, min(_STEP, first + size - start), _MADV_POPULATE_WRITE):
-                return
+        touch(first, size, mmap.PAGESIZE, ctypes.addressof(self._wanted))
 
     def give_up(self) -> None:
         """Nobody wants the memory any more."""
-        self._wanted = False
+        self._wanted.value = 0
 
 
 @contextmanager
@@ -59,9 +59,9 @@ def memory_for_weights(folder: Path, dtype: str, tied: bool) -> Iterator[None]:
     has none: whoever loads it says why. There is none either but on Linux with kernels that will take it."""
     global _reserve
     size = 0
-    if hasattr(mmap, "MADV_HUGEPAGE") and any(_KERNELS.glob("kernels_*.so")):
+    if hasattr(mmap, "MADV_HUGEPAGE") and _KERNELS.is_file():
         size = matrix_bytes(folder, {"bfloat16": "BF16", "float32": "F32"}.get(dtype, ""), tied)
-    mine = _reserve = Reserve(size) if size > _STEP else None
+    mine = _reserve = Reserve(size) if size > _LEAST else None
     try:
         yield
     finally:

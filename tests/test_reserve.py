@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import subprocess
 import sys
@@ -17,16 +18,11 @@ from nanovllm.ops.cpu.memory import Arena
 from nanovllm.platforms import get_platform
 from nanovllm.reserve import matrix_bytes, memory_for_weights, take_reserve
 
-pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages"),
+    pytest.mark.skipif(not reserve._KERNELS.is_file(), reason="the C++ kernels are not built"),
+]
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if kernels were built, whether they are or not."""
-    folder = tmp_path_factory.mktemp("lib")
-    (folder / "kernels_generic.so").touch()
-    monkeypatch.setattr(reserve, "_KERNELS", folder)
 
 
 @pytest.fixture
@@ -86,8 +82,21 @@ def test_what_nobody_takes_is_given_back_and_later_arenas_find_none(folder: Path
         assert take_reserve() is None
 
 
-def test_a_system_without_the_advice_touches_nothing_and_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reserve, "_MADV_POPULATE_WRITE", 12345)
+def test_what_has_been_written_before_the_touch_stays() -> None:
+    touch = ctypes.CDLL(str(reserve._KERNELS)).nanovllm_touch
+    memory = torch.randint(0, 256, (3 * mmap.PAGESIZE,), dtype=torch.uint8)
+    expected, wanted = memory.clone(), ctypes.c_int32(1)
+    size = ctypes.c_int64(memory.nbytes)
+    touch(ctypes.c_void_p(memory.data_ptr()), size, ctypes.c_int64(64), ctypes.byref(wanted))
+    assert torch.equal(memory, expected)
+
+
+def test_kernels_that_cannot_touch_leave_it_to_the_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "kernels_generic.so"
+    other.touch()
+    monkeypatch.setattr(reserve, "_KERNELS", other)
     with memory_for_weights(folder, "float32", tied=True):
         wait_for_threads()
         assert Arena().allocate(64 * MIB).zero_().sum() == 0
@@ -96,7 +105,7 @@ def test_a_system_without_the_advice_touches_nothing_and_works(folder: Path, mon
 def test_nothing_is_reserved_where_no_kernel_would_take_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reserve, "_KERNELS", tmp_path)
+    monkeypatch.setattr(reserve, "_KERNELS", tmp_path / "kernels_generic.so")
     with memory_for_weights(folder, "float32", tied=True):
         assert take_reserve() is None
 
