@@ -35,7 +35,7 @@ from nanovllm.ops.cuda.attention import TritonAttention
 from nanovllm.ops.cuda.elementwise import CudaElementwise
 from nanovllm.ops.cuda.linear import CudaLinear
 from nanovllm.ops.cuda.penalties import penalise
-from nanovllm.ops.cuda.sampling import Choices, choose
+from nanovllm.ops.cuda.sampling import choose_tokens
 
 # Bytes that one program may use, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -110,22 +110,27 @@ def _resources(code: bytes) -> dict[str, int]:
 def _attention(
     shared: int, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, group: int, windowed: bool
 ) -> None:
-    """Decodes, their pieces merged, and longer queries, of one model."""
+    """Decodes, their pieces merged, and longer queries, of one model, in steps of several sizes."""
     attention = TritonAttention(132, shared)
     caches = [torch.zeros(5, 16, 2, head_dim, dtype=dtype).to(kv_dtype) for _ in range(2)]
-    meta = make_metadata([[1, 2], [3, 4]], [20, 3], [1, 9], 16)
     window = 8 if windowed else None
-    attention.prepare_attention(meta, [window], dtype)
-    attention.paged_attention(torch.zeros(10, 2 * group, head_dim, dtype=dtype), *caches, meta, 0.1, window)
+    for decodes, longer in ((1, 1), (2, 1), (4, 2)):
+        new = [1] * decodes + [9] * longer
+        meta = make_metadata([[1, 2]] * len(new), [20] * decodes + [3] * longer, new, 16)
+        attention.prepare_attention(meta, [window], dtype)
+        q = torch.zeros(sum(new), 2 * group, head_dim, dtype=dtype)
+        attention.paged_attention(q, *caches, meta, 0.1, window)
 
 
 def _elementwise(dtype: torch.dtype, kv_dtype: torch.dtype, hidden: int, head_dim: int) -> None:
     """Norms, activations, and the way of queries, keys and values to attention."""
     elementwise = CudaElementwise(torch_operators())
-    x, weight = torch.zeros(16, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
-    elementwise.rms_norm(x, weight, 1e-6)
-    elementwise.add_rms_norm(x, x, weight, 1e-6)
-    elementwise.silu_and_mul(x)
+    weight = torch.zeros(hidden, dtype=dtype)
+    for rows in (1, 3, 16):
+        x = torch.zeros(rows, hidden, dtype=dtype)
+        elementwise.rms_norm(x, weight, 1e-6)
+        elementwise.add_rms_norm(x, x, weight, 1e-6)
+        elementwise.silu_and_mul(x)
     for approximate in ("tanh", "none"):
         elementwise.gelu_and_mul(x, approximate)
     qkv, turn = torch.zeros(10, 32, head_dim, dtype=dtype), torch.zeros(10, 1, head_dim, dtype=dtype)
@@ -135,7 +140,8 @@ def _elementwise(dtype: torch.dtype, kv_dtype: torch.dtype, hidden: int, head_di
     slots = torch.arange(10)
     for norm in (scale, None):
         elementwise.norm_rotate_write(qkv, norm, norm, 1e-6, turn, turn, *caches, slots)
-    elementwise.copy_blocks([(caches[0], caches[1])], [1], [2])
+    for count in (1, 3):
+        elementwise.copy_blocks([(caches[0], caches[1])], [1] * count, [2, 3, 4][:count])
 
 
 def _products(kind: str, capability: int, dtype: torch.dtype, rows: int, bias: bool, multiprocessors: int) -> None:
@@ -147,12 +153,12 @@ def _products(kind: str, capability: int, dtype: torch.dtype, rows: int, bias: b
 
 
 def _sampling(vocab_size: int) -> None:
-    numbers = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
-    choices = Choices(numbers[0], numbers[1].int(), numbers[0], numbers[0], numbers[1], numbers[1])
-    choose(torch.zeros(4, vocab_size), choices)
-    which = np.arange(4)
-    amounts = np.full(4, 0.5, np.float32)
-    penalise(torch.zeros(4, vocab_size), torch.zeros(4, 64).int(), which, which, which + 9, which, *[amounts] * 3)
+    for rows in (1, 2, 3, 4, 16):
+        which, half = np.arange(rows), np.full(rows, 0.5, np.float32)
+        choose_tokens(torch.zeros(rows, vocab_size), half, np.zeros(rows, np.int32), half, half, which, which)
+        penalise(
+            torch.zeros(rows, vocab_size), torch.zeros(rows, 64).int(), which, which, which + 9, which, *[half] * 3
+        )
 
 
 def selected(capability: int, full: bool) -> Iterator[tuple[str, Work]]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Numbers that change from step to step: without this every other value would be compiled for itself.
+# What changes from step to step: without this, numbers that are multiples of 16 and pieces of a plan that begin at
+# multiples of 16 bytes would be compiled for themselves, while a step waits.
 _VARIES = ["table_stride", "window"]
+_ANYWHERE = ["seq_lens", "item_start", "item_row", "query_start", "tile_row", "tile_first"]
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def _attend(
     return highest, l * shrink + tl.sum(p, 1), acc
 
 
-@triton.jit(do_not_specialize=_VARIES)
+@triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANYWHERE)
 def decode_kernel(
     q, k_cache, v_cache, out, partial, partial_lse, block_table, seq_lens, item_start, item_row,
     table_stride, window, block_size, block_stride, token_stride, head_stride, scale_log2,
@@ -93,7 +95,7 @@ def decode_kernel(
         tl.store(partial_lse + item * H + head, m + tl.log2(total), mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
 def merge_kernel(
     partial, partial_lse, out, item_start,
     H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PIECES: tl.constexpr,
@@ -123,7 +125,7 @@ def merge_kernel(
     tl.store(out + (row.to(tl.int64) * H + head) * D + d, acc.to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=_VARIES)
+@triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANYWHERE)
 def tile_kernel(
     q, k_cache, v_cache, out, block_table, seq_lens, query_start, tile_row, tile_first,
     table_stride, window, block_size, block_stride, token_stride, head_stride, scale_log2,

@@ -2,6 +2,8 @@
 
 Each is ``ops/reference.py``'s operator of the same name, rounded at the same points: what the reference does in the
 model's dtype is rounded to it here, although the arithmetic is in float32.
+
+Numbers of rows are not specialised: otherwise a step of one row, or of a multiple of 16, would wait for a compiler.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def _normed(x, weight, rstd, dtype: tl.constexpr):
     return _rounded(weight.to(tl.float32) * _rounded(x * rstd, dtype), dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x, residual, weight, out, total, rows, inner, outer_stride, inner_stride, eps,
     N: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,7 +111,7 @@ def _norm_rotate_write(
     tl.store(v_cache + place + (head - H - HK) * head_stride, raw.to(cached), mask=inside & is_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _copy_blocks(addresses, pairs, count, words, BLOCK: tl.constexpr):
     """Copy ``words`` 4-byte words from block ``pairs[0, i]`` to ``pairs[1, i]`` of the cache at ``addresses[j]``."""
     copy = tl.program_id(0)

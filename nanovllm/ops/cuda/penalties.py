@@ -58,7 +58,7 @@ def _launch(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "width"])
+@triton.jit(do_not_specialize=["count", "width"], do_not_specialize_on_alignment=["places", "amounts"])
 def _penalise(
     logits, tokens, places, amounts, met, count, width,
     V: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr, REPEATS: tl.constexpr, PIECE: tl.constexpr,

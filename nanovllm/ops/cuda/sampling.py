@@ -81,6 +81,11 @@ def choose_tokens(
     return choose(logits, Choices(floats[0], floats[3].view(torch.int32), floats[1], floats[2], whole[0], whole[1]))
 
 
+# Steps differ in their number of rows, and so in where the rows' settings lie: nothing is compiled for that.
+_VARIES = ["rows"]
+_ANYWHERE = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
+
+
 @triton.jit
 def _load(logits, row, column, temperature, V: tl.constexpr):
     """Logits over temperature; NaN counts as infinitely large, so that it is found."""
@@ -89,7 +94,7 @@ def _load(logits, row, column, temperature, V: tl.constexpr):
     return x / tl.where(temperature > 0, temperature, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANYWHERE)
 def _summarise(logits, temperatures, summary, rows, V: tl.constexpr, PIECE: tl.constexpr):
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x = _load(logits, row, piece * PIECE + tl.arange(0, PIECE), tl.load(temperatures + row), V)
@@ -168,7 +173,7 @@ def _draw_in_piece(x, most, least_key, least_weight, uniform, first, PIECE: tl.c
     return first + column, tl.sum(tl.where(offset == column, _key(x), 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=_ANYWHERE)
 def _choose(
     logits, summary, temperatures, top_ks, top_ps, min_ps, seeds, positions, tokens, rows,
     V: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, PIECES_PAD: tl.constexpr,
