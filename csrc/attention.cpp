@@ -331,9 +331,12 @@ struct Attention<T>::Task {
         pack_values(places, head);
         for_row_blocks(head_queries, [&](auto rows, int query) {
             const int first = head * head_queries + query;
-            score_many<rows.value>(q + first * depth, query);
+            const int last_position = unit.position + (query + rows.value - 1) / call.group;
+            const int visible = std::min(TILE, last_position + 1 - key);  // keys; the others would add zeros
+            if (visible <= 0) return;
+            score_many<rows.value>(q + first * depth, query, visible);
             for (int i = 0; i < rows.value; ++i) update(state, first + i, query + i, key);
-            add_many<rows.value>(state.output + first * width, query);
+            add_many<rows.value>(state.output + first * width, query, visible);
         });
     }
 
@@ -357,23 +360,25 @@ struct Attention<T>::Task {
     }
 
     template <int ROWS>
-    void score_many(const cell* query_rows, int query) {
-        for (int column = 0; column < TILE; column += PANEL) {
-            Sums<ROWS> sums = {};
-            add_products<Cells, ROWS>(sums, query_rows, depth, k + column * depth, depth);
-            for (int row = 0; row < ROWS; ++row)
-                for (int i = 0; i < NV; ++i)
-                    store(scores + (query + row) * TILE + column + i * LANES, sums[row][i]);
-        }
+    void score_many(const cell* query_rows, int query, int visible) {
+        for (int column = 0; column < visible; column += PANEL)
+            with_row_count<NV>((std::min(PANEL, visible - column) + LANES - 1) / LANES, [&](auto vectors) {
+                f32v sums[ROWS][vectors.value] = {};
+                add_products<Cells, ROWS>(sums, query_rows, depth, k + column * depth, depth);
+                for (int row = 0; row < ROWS; ++row)
+                    for (int i = 0; i < vectors.value; ++i)
+                        store(scores + (query + row) * TILE + column + i * LANES, sums[row][i]);
+            });
     }
 
     template <int ROWS>
-    void add_many(float* output, int query) {
+    void add_many(float* output, int query, int visible) {
+        const int cells = (visible + PER_CELL - 1) / PER_CELL;
         for (int column = 0; column < width; column += PANEL, output += PANEL) {
             Sums<ROWS> sums;
             load_outputs<ROWS>(sums, output, query);
             add_products<Cells, ROWS>(sums, probabilities + query * TILE_DEPTH, TILE_DEPTH, v + column * TILE_DEPTH,
-                                      TILE_DEPTH);
+                                      cells);
             store_sums<ROWS>(sums, output);
         }
     }

@@ -60,20 +60,21 @@ struct Prefetch {
     }
 };
 
-// sums[row][column] += a[row] * panel, over ``depth`` cells. Rows of A are ``a_stride`` cells apart.
-template <class Cells, int ROWS, class Beside = Nothing>
-inline __attribute__((always_inline)) void add_products(Sums<ROWS>& sums, const cell* a, ptrdiff_t a_stride,
+// sums[row][column] += a[row] * panel, over ``depth`` cells; of the panel's vectors, the first VECTORS. Rows of A are
+// ``a_stride`` cells apart.
+template <class Cells, int ROWS, int VECTORS, class Beside = Nothing>
+inline __attribute__((always_inline)) void add_products(f32v (&sums)[ROWS][VECTORS], const cell* a, ptrdiff_t a_stride,
                                                         const cell* panel, int depth, Beside beside = {}) {
     for (int i = 0; i < depth; ++i, panel += PANEL) {
         beside.step();
-        u32v b[NV];
+        u32v b[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) b[v] = load(panel + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + v * LANES);
 #pragma GCC unroll 6
         for (int row = 0; row < ROWS; ++row) {
             u32v broadcast = splat(a[row * a_stride + i]);
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) sums[row][v] = Cells::add_product(sums[row][v], broadcast, b[v]);
+            for (int v = 0; v < VECTORS; ++v) sums[row][v] = Cells::add_product(sums[row][v], broadcast, b[v]);
         }
     }
 }
