@@ -152,23 +152,17 @@ def table_lines(table: dict[str, tuple[int, int]]) -> list[str]:
 
 def write_report(path: Path, folder: Path, lines: list[str], answered: list[Answered]) -> None:
     """Replaces what stands between the two marks of ``path`` by the figures and the failures."""
-    stages = [json.loads((folder / "training.json").read_text(encoding="utf-8"))]
-    while "after" in stages[0]:
-        stages.insert(0, stages[0]["after"])
+    made = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     parts = [
         BEGIN,
         "",
-        f"{stages[-1]['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all; "
+        f"{made['parameters'] / 1e6:.2f} million parameters, {size / 1e6:.2f} MB in all; "
         f"SHA-256 of the weights {weights[:16]}.",
-        *(
-            f"Trained {stage['steps']} steps on {stage['tokens'] / 1e6:.1f} million tokens, seed {stage['seed']}, "
-            f"rate {stage['learning_rate']}, {stage['minutes']:.0f} minutes on {stage['device']}; "
-            f"last loss {stage['loss']:.3f}"
-            + (f"; {stage['keep']:.0%} of the weights before were kept." if stage.get("keep") else ".")
-            for stage in stages
-        ),
+        f"Trained {made['steps']} steps on {made['tokens'] / 1e6:.1f} million tokens, seed {made['seed']}, "
+        f"rate {made['learning_rate']}, {made['minutes']:.0f} minutes on {made['device']}; "
+        f"last loss {made['loss']:.3f}.",
         "",
         *lines,
         "",

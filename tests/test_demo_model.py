@@ -18,10 +18,10 @@ import eval_demo_model as evaluation  # noqa: E402
 # The least share of right answers in the quick part of the evaluation. Sums and the end of answers are at their goals;
 # the others lie somewhat below the figures of docs/demo-model.md, because kernels of other machines round differently.
 LEAST = {
-    "questions en": 0.65,
-    "questions zh": 0.75,
-    "tools en": 0.6,
-    "tools zh": 0.65,
+    "questions en": 0.75,
+    "questions zh": 0.8,
+    "tools en": 0.7,
+    "tools zh": 0.6,
     "sums, one digit": 0.95,
     "sums, two digits": 0.95,
     "ends with EOS": 0.97,
@@ -36,7 +36,7 @@ def figures() -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("group", LEAST)
 def test_held_out_questions_are_answered(figures: dict[str, tuple[int, int]], group: str) -> None:
     right, total = figures[group]
-    assert total >= 15
+    assert total >= 12
     assert right >= LEAST[group] * total, f"{right} of {total}"
 
 

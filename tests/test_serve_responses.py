@@ -227,7 +227,7 @@ def test_a_response_in_the_background_tells_of_its_failure(server: Served):
 def test_text_follows_its_schema(server: Served):
     schema = {
         "type": "object",
-        "properties": {"a": {"type": "integer"}},
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
         "required": ["a"],
         "additionalProperties": False,
     }
