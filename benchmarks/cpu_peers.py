@@ -121,10 +121,7 @@ def measure_limits(scale: float) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    pages = mmap.mmap(-1, max(1, int(scale * 1024)) << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # small pages cost a fifth of the speed
-    memory = torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)
+    memory = memory_to_read(max(1, int(scale * 1024)))
     size = max(64, int(scale * 4096))
     left, right = torch.ones(size, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16)
     return {
@@ -132,6 +129,16 @@ def measure_limits(scale: float) -> dict[str, float]:
         "flops": 2 * size**3 / best(lambda: torch.nn.functional.linear(left, right), 8),
         "threads": torch.get_num_threads(),
     }
+
+
+def memory_to_read(mebibytes: int) -> Any:
+    """A float32 tensor in huge pages, whose ``max()`` shows how fast memory is read."""
+    import torch
+
+    pages = mmap.mmap(-1, mebibytes << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # small pages cost a fifth of the speed
+    return torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)
 
 
 def make_checkpoint(shape: dict[str, Any], folder: Path) -> None:

@@ -104,6 +104,14 @@ def test_cpu_context(tmp_path: Path):
     assert results["ready"] > 0
 
 
+def test_cpu_decode(tmp_path: Path):
+    pytest.importorskip("transformers")
+    options = ["--shape", "tiny", "--rounds", "3", "--models", str(tmp_path)]
+    results = run_benchmark("cpu_decode", tmp_path / "out.json", *options)
+    assert len(results["bandwidth"]) == len(results["step"]) == 3
+    assert min(results["bandwidth"]) > 0 and min(results["step"]) > 0 and results["share"] > 0
+
+
 def test_quantisation_quality(tmp_path: Path):
     options = ["--models", "demo", "--questions", "3", "--length", "6"]
     results = run_benchmark("quantisation_quality", tmp_path / "out.json", *options)["results"]["demo"]
