@@ -48,7 +48,7 @@ class Isolated:
         Raises:
             PartError: it raised, its process died, or its time ran out.
         """
-        if torch.cuda.is_initialized() or visible_gpus.cache_info().currsize:
+        if torch.cuda.is_initialized() or (visible_gpus.cache_info().currsize and visible_gpus()):
             raise RuntimeError("a process that has begun to use the GPU cannot be forked any more")
         limit = min(self._limits[name], self._deadline - time.monotonic())
         if limit < _LEAST:
