@@ -90,7 +90,7 @@ def test_online(tmp_path: Path):
         [figures] = results["figures"]["nanovllm"][load]
         assert figures["completed"] == count and figures["failed"] == 0
         assert figures["total_input_tokens"] == 13 * count and figures["total_output_tokens"] == 6 * count
-        assert 0 < figures["mean_ttft_ms"] < figures["mean_e2el_ms"]
+        assert 0 < figures["mean_ttft_ms"] <= figures["mean_e2el_ms"]  # a short answer may come in one piece
 
 
 def test_cpu_context(tmp_path: Path):
