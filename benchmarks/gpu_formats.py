@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from gpu_correctness import our_prompt_logprobs
 from gpu_engine import Setup, fixed, free_memory, generate
-from gpu_speed import run_requests
+from gpu_speed import one_stream, run_requests
 from workloads import nano_requests
 
 from nanovllm.errors import ParameterError
@@ -73,23 +71,10 @@ def quantised(setup: Setup) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, options in _formats(setup):
         try:
-            results[name] = {"single_stream_tokens_per_s": steps / _one_stream(setup, steps, options)}
+            results[name] = {"single_stream_tokens_per_s": steps / one_stream(setup, steps, options)}
             seconds = run_requests(setup, requests, 1, max_num_seqs=len(requests[0]), **options)
         except ParameterError as error:
             results[name] = {"refused": str(error)}
             continue
         results[name]["output_tokens_per_s"] = sum(requests[1]) / seconds
     return results
-
-
-def _one_stream(setup: Setup, steps: int, options: dict[str, Any]) -> float:
-    """Seconds of one request."""
-    with setup.engine(max_num_seqs=1, enable_prefix_caching=False, **options) as llm:
-        generate(llm, [[5] * 32], fixed(8))
-        times = []
-        for _ in range(setup.few(3, 1)):
-            started = time.perf_counter()
-            generate(llm, [[5] * 32], fixed(steps))
-            times.append(time.perf_counter() - started)
-    free_memory()
-    return statistics.median(times)

@@ -213,10 +213,9 @@ def nano_vllm(setup: Setup) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def single_stream(setup: Setup) -> dict[str, Any]:
-    """One request, greedy, against reading the weights once per token."""
-    steps = setup.few(512, 8)
-    with setup.engine(max_num_seqs=1, enable_prefix_caching=False) as llm:
+def one_stream(setup: Setup, steps: int, options: dict[str, Any]) -> float:
+    """Seconds of one request of so many new tokens, by an engine with these options."""
+    with setup.engine(max_num_seqs=1, enable_prefix_caching=False, **options) as llm:
         generate(llm, [[5] * 32], fixed(8))
         times = []
         for _ in range(setup.few(3, 1)):
@@ -224,7 +223,13 @@ def single_stream(setup: Setup) -> dict[str, Any]:
             generate(llm, [[5] * 32], fixed(steps))
             times.append(time.perf_counter() - started)
     free_memory()
-    seconds = statistics.median(times) / steps
+    return statistics.median(times)
+
+
+def single_stream(setup: Setup) -> dict[str, Any]:
+    """One request, greedy, against reading the weights once per token."""
+    steps = setup.few(512, 8)
+    seconds = one_stream(setup, steps, {}) / steps
     least = weight_bytes(setup) / _limits(setup)["bytes_per_s"]
     return {"tokens_per_s": 1 / seconds, "ms_per_token": seconds * 1e3, "ratio_to_limit": least / seconds}
 

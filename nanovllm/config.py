@@ -122,7 +122,7 @@ class EngineConfig:
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
 
 
-# vLLM's names of attention backends.
+# Ours by vLLM's names of attention backends.
 _OUR_ATTENTION = {"FLASH_ATTN": "flash_attn", "FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"}
 
 
